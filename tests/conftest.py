@@ -1,0 +1,53 @@
+"""Shared fixtures: the folder of real data, a private cache, and random states that no test can leak."""
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Caches go to a temporary folder (child processes included); a fixed number of threads keeps results equal."""
+    before = os.environ.get("YOLOV5_SPD_CACHE")
+    os.environ["YOLOV5_SPD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    yield
+    if before is None:
+        del os.environ["YOLOV5_SPD_CACHE"]
+    else:
+        os.environ["YOLOV5_SPD_CACHE"] = before
+
+
+@pytest.fixture(autouse=True)
+def rng() -> Iterator[None]:
+    """Every test starts from the same seeds and restores the random states that it found."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data sets ($YOLOV5_SPD_DATA, else ../shared/data); tests that need them skip where they are absent."""
+    folder = Path(os.environ.get("YOLOV5_SPD_DATA") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"needs real data in {folder} (or name its folder in YOLOV5_SPD_DATA)")
+    return folder

@@ -1,0 +1,49 @@
+"""Checkpoints: plain content, safe reading, and a full disk or a crash that leaves the earlier file whole."""
+
+import pytest
+import torch
+
+from utils.core import checkpoint as ck
+from utils.core.errors import UserError
+
+DATA = {"format": "yolov5-spd", "names": ["a", "b"], "n": 3, "state": {"w": torch.arange(6.0).view(2, 3)}}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_round_trip(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    ck.save_checkpoint(path, DATA)
+    back = ck.load_checkpoint(path)
+    assert torch.equal(back.pop("state")["w"], DATA["state"]["w"])
+    assert back == {k: v for k, v in DATA.items() if k != "state"}
+    assert ck.is_native(path)
+
+
+def test_only_plain_values_are_written(tmp_path):
+    with pytest.raises(AssertionError, match="tensors and plain values"):
+        ck.save_checkpoint(tmp_path / "x.pt", {"state": {}, "model": torch.nn.Linear(1, 1)})
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04broken", b"not a checkpoint", b"\x80\x02cos\nsystem\n."])
+def test_damaged_files_are_one_line(tmp_path, content):
+    path = tmp_path / "x.pt"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        ck.load_checkpoint(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_write_that_fails_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    ck.save_checkpoint(path, DATA)
+
+    def full_disk(obj, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(UserError, match="No space left"):
+        ck.save_checkpoint(path, {**DATA, "n": 4})
+    monkeypatch.undo()
+    assert ck.load_checkpoint(path)["n"] == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]

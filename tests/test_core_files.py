@@ -1,0 +1,50 @@
+"""Atomic writes, run folders, strict YAML, near misses."""
+
+import pytest
+
+from utils.core.errors import UserError
+from utils.core.files import atomic_write, increment_path, nearest
+from utils.core.yamls import dump_yaml, load_yaml, parse_yaml
+
+
+def test_atomic_write_keeps_the_old_file_when_the_body_fails(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_write(path) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_run_folders_are_numbered_from_two(tmp_path):
+    names = [increment_path(tmp_path / "runs", "exp").name for _ in range(3)]
+    assert names == ["exp", "exp2", "exp3"]
+    assert increment_path(tmp_path / "runs", "exp", exist_ok=True).name == "exp"
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("a: 1\na: 2\n", "given twice"),
+        ("- 1\n", "found a list"),
+        ("a: !!python/object/apply:os.system [x]\n", "not valid YAML"),
+        ("a: [1\n", "not valid YAML"),
+        ("? [1]\n: 2\n", "plain value"),
+    ],
+)
+def test_yaml_is_strict_and_says_why_in_one_line(text, part):
+    with pytest.raises(UserError, match=part) as error:
+        parse_yaml(text, "x.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_yaml_round_trip(tmp_path):
+    data = {"names": ["ä", "b"], "n": 1.5, "deep": {"x": [1, 2]}}
+    dump_yaml(tmp_path / "a.yaml", data)
+    assert load_yaml(tmp_path / "a.yaml") == data
+
+
+def test_nearest():
+    assert "batch-size" in nearest("bach-size", ["batch-size", "epochs"])
+    assert nearest("zzz", ["batch-size"]) == ""

@@ -1,0 +1,185 @@
+"""Train a detector or a classifier.
+
+python train.py --data data/demo.yaml --cfg models/yolov5-spd-n.yaml --imgsz 640 --batch-size 16
+torchrun --nproc-per-node 4 train.py --data data/coco.yaml --cfg models/yolov5-spd-s.yaml --batch-size 128 --sync-bn
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from models import build_model
+from models.conversion import initialise
+from models.weights import LoadedModel, load_model, unpack_model
+from utils.core.checkpoint import load_checkpoint
+from utils.core.config import build_parser, config_dict, config_from_kwargs, parse_config, run_cli
+from utils.core.device import describe, parse_device
+from utils.core.dist import Dist, launched, relaunch
+from utils.core.hyp import Hyp, load_hyp
+from utils.core.log import LOGGER, quiet
+from utils.core.yamls import dump_yaml
+from utils.data.download import fetch
+from utils.data.spec import DataSpec, load_data
+from utils.engine.plots import plot_results
+from utils.engine.runs import find_resume, open_run, resumed_config
+from utils.engine.settings import RETIRED, TrainConfig
+from utils.engine.sinks import Sinks, open_sinks
+from utils.engine.tasks import Evaluation, Task
+from utils.engine.tasks.classify import ClassifyTask
+from utils.engine.tasks.detect import DetectTask
+from utils.engine.trainer import EXIT_INTERRUPTED, Interrupted, Trainer, set_determinism
+
+HERE = Path(__file__).resolve().parent
+PRESET_HYP = {"v6.0": "hyp.scratch.yaml", "v7.0": "hyp.scratch-low.yaml"}
+TASKS = {"detect": DetectTask, "classify": ClassifyTask}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run leaves: its folder and the evaluation of best.pt."""
+
+    folder: Path
+    best: Path
+    metrics: dict[str, float]
+    fitness: float
+
+
+def read_hyp(config: TrainConfig) -> Hyp:
+    """The hyper-parameters of a new run: --hyp, else the preset's file; names of data/hyps are found from anywhere."""
+    name = config.hyp_file or PRESET_HYP[config.preset]
+    path = next((p for p in (Path(name), HERE / name, HERE / "data" / "hyps" / name) if p.is_file()), Path(name))
+    return load_hyp(path, config.hyp_overrides)
+
+
+def make_model(config: TrainConfig, spec: DataSpec, hyp: Hyp) -> nn.Module:
+    """A network for the data's classes, from --cfg and/or --weights."""
+    loaded: LoadedModel | None = load_model(config.weights) if config.weights else None
+    nc = 1 if config.single_cls else spec.nc
+    source: Any = config.cfg or (loaded.model.cfg if loaded else None)
+    anchors = round(hyp.anchors) if hyp.anchors else None
+    model = build_model(source, nc=nc, anchors=anchors)
+    if loaded is not None:
+        for line in initialise(model, loaded):
+            LOGGER.info(line)
+    for layer in frozen_layers(config.freeze):
+        for name, parameter in model.named_parameters():
+            if name.startswith(f"model.{layer}."):
+                parameter.requires_grad_(False)
+    return model
+
+
+def frozen_layers(freeze: Sequence[int]) -> list[int]:
+    """--freeze N: the first N layers; --freeze A B C: these layers."""
+    return list(range(freeze[0])) if len(freeze) == 1 else list(freeze)
+
+
+def train(config: TrainConfig, dist: Dist, given: set[str]) -> TrainResult:
+    """One run from start, or from a checkpoint, to the evaluation of its best weights."""
+    checkpoint, path = None, find_resume(config)
+    if path is not None:
+        checkpoint = load_checkpoint(path)
+        config = resumed_config(config, checkpoint, path, given)
+    set_determinism(config.deterministic, dist.device, config.seed)
+    spec = load_data(config.data)
+    if config.download:
+        dist.main_first(lambda: fetch(spec))
+    if checkpoint is not None and path is not None:
+        hyp, folder = Hyp(**checkpoint["train"]["hyp"]), path.resolve().parent.parent
+        model = unpack_model(checkpoint, path).model
+    else:
+        hyp = read_hyp(config)
+        model, folder = make_model(config, spec, hyp), None
+    task: Task = TASKS[model.task](model, spec, config, hyp, dist)  # type: ignore[index]
+    folder = folder or open_run(config, dist)
+    trainer = Trainer(task, config, hyp, dist, folder)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+        LOGGER.info(f"resuming {path} at epoch {trainer.progress.epoch}, step {trainer.progress.step}")
+    sinks = start(trainer, describe(dist.device)) if dist.is_main else Sinks([])
+    try:
+        trainer.fit(sinks)
+    finally:
+        sinks.close()
+    return finish(task, dist, folder, config)
+
+
+def start(trainer: Trainer, machine: str) -> Sinks:
+    """Write what the run is, print what follows from it, open the loggers."""
+    config, folder, schedule = trainer.config, trainer.folder, trainer.schedule
+    dump_yaml(folder / "opt.yaml", config_dict(config))
+    dump_yaml(folder / "hyp.yaml", config_dict(trainer.hyp))
+    if not config.noplots and trainer.progress.epoch == trainer.progress.step == 0:
+        trainer.task.start_pictures(folder)
+    LOGGER.info(
+        f"{machine}; {trainer.dist.world_size} process(es), batch {config.batch_size}, "
+        f"{schedule.steps_per_epoch} steps an epoch, {schedule.accumulate} batches an optimizer step, warm-up "
+        f"{schedule.warmup_steps} steps, weight decay {schedule.weight_decay:g}, seed {config.seed}, "
+        f"{config.amp} precision"
+    )
+    LOGGER.info(f"run folder: {folder}")
+    columns = [f"train/{name}_loss" for name in trainer.task.loss_names]
+    columns += [*trainer.task.metric_names, "x/lr0", "x/lr1", "x/lr2"]
+    return open_sinks(folder, columns, trainer.progress.epoch, config.loggers, config_dict(config))
+
+
+def finish(task: Task, dist: Dist, folder: Path, config: TrainConfig) -> TrainResult:
+    """Evaluate best.pt as it is stored, on all ranks, and draw the curves."""
+    dist.barrier()
+    best = folder / "weights" / "best.pt"
+    model = load_model(best, device=dist.device).model
+    result: Evaluation = task.evaluate(model, dist, folder=folder)
+    if dist.is_main:
+        if not config.noplots:
+            plot_results(folder / "results.csv")
+        LOGGER.info(f"\n{best} (as stored):\n{result.table}\nresults saved to {folder}")
+    return TrainResult(folder, best, dict(result.metrics), result.fitness)
+
+
+def run(**options: Any) -> TrainResult:
+    """Train from Python: the keywords are the flags, `run(data="data/demo.yaml", cfg="yolov5-spd-n", epochs=3)`."""
+    config = config_from_kwargs(TrainConfig, **options)
+    names = {f.name for f in fields(TrainConfig)}
+    given = {key.replace("-", "_") for key in options} & names
+    return launch(config, given)
+
+
+def launch(config: TrainConfig, given: set[str]) -> TrainResult:
+    """Join the process group, train, leave it."""
+    dist = Dist.start(config.device, config.timeout)
+    quiet(dist.is_main)
+    try:
+        return train(config, dist, given)
+    finally:
+        dist.stop()
+
+
+def given_fields(argv: Sequence[str]) -> set[str]:
+    """Names of the options that stand on the command line."""
+    parser = build_parser(TrainConfig, "train.py")
+    for action in parser._actions:
+        action.default = None
+    values, _ = parser.parse_known_args(list(argv))
+    return {name for name, value in vars(values).items() if value is not None}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    config = parse_config(TrainConfig, argv, "train.py", __doc__ or "", RETIRED)
+    gpus = parse_device(config.device)
+    if isinstance(gpus, list) and len(gpus) > 1 and not launched():
+        return relaunch(len(gpus), argv)
+    try:
+        launch(config, given_fields(argv))
+    except Interrupted:
+        LOGGER.info("interrupted; a checkpoint was written, continue with --resume")
+        return EXIT_INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,147 @@
+"""Typed configs: a frozen dataclass per verb declares every option once; flags, help and `run(**kw)` come from it."""
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from utils.core.errors import UserError
+from utils.core.files import nearest
+
+T = TypeVar("T")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    aliases: Sequence[str] = (),
+    choices: Sequence[Any] | None = None,
+    nargs: str | int | None = None,
+    const: Any = None,
+    type: Callable[[str], Any] | None = None,
+) -> Any:
+    """A dataclass field that is also a command-line option.
+
+    A bool field becomes a switch: `--x` when its default is false; `--x` and `--no-x` when it is true. `aliases` are
+    further flag names without dashes; `nargs`, `const`, `type` and `choices` mean what they mean to argparse.
+    """
+    meta = {"help": help, "aliases": tuple(aliases), "choices": choices, "nargs": nargs, "const": const, "type": type}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are UserErrors in one line instead of argparse's usage dump."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def _scalar_type(annotation: Any) -> Callable[[str], Any]:
+    """The converter for one value of a field annotated `int`, `str | None`, `list[float]` and so on."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        inner = [a for a in typing.get_args(annotation) if a is not types.NoneType]
+        return _scalar_type(inner[0])
+    if typing.get_origin(annotation) in (list, tuple):
+        return _scalar_type(typing.get_args(annotation)[0])
+    return annotation if annotation in (int, float, str) else str
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def build_parser(cls: type, prog: str, description: str = "") -> argparse.ArgumentParser:
+    """An ArgumentParser whose options are the fields of dataclass `cls`; unambiguous prefixes of flags are accepted."""
+    parser = _Parser(prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        meta = field.metadata
+        names = [field.name, *meta["aliases"]]
+        flags = list(dict.fromkeys(f"--{n}" for name in names for n in (name.replace("_", "-"), name)))
+        default = _default(field)
+        text = meta["help"].replace("%", "%%")
+        if isinstance(default, bool) and meta["nargs"] is None:
+            if default:
+                parser.add_argument(
+                    *flags, dest=field.name, default=True, action=argparse.BooleanOptionalAction, help=text
+                )
+            else:
+                parser.add_argument(*flags, dest=field.name, default=False, action="store_true", help=text)
+            continue
+        kind = meta["type"] or _scalar_type(hints[field.name])
+        extra = {k: meta[k] for k in ("choices", "nargs") if meta[k] is not None}
+        if meta["const"] is not None:
+            extra["const"] = meta["const"]
+        parser.add_argument(*flags, dest=field.name, default=default, type=kind, help=text, **extra)
+    return parser
+
+
+def parse_config(
+    cls: type[T],
+    argv: Sequence[str] | None,
+    prog: str,
+    description: str = "",
+    retired: Mapping[str, str] | None = None,
+) -> T:
+    """Parse `argv` (default: the process's) into a `cls`. `retired` maps flags of YOLOv5 to what replaces them."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser(cls, prog, description)
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    for token in argv:
+        flag = token.split("=")[0]
+        if retired and flag not in known and flag.replace("_", "-") in retired:
+            raise UserError(f"{flag} does not exist here: {retired[flag.replace('_', '-')]}")
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        hint = nearest(unknown[0].split("=")[0], known)
+        raise UserError(f"unknown argument '{unknown[0]}'{hint or ' (see --help)'}")
+    return cls(**vars(values))
+
+
+def config_from_kwargs(cls: type[T], **kwargs: Any) -> T:
+    """Build a `cls` from keywords as `run(**kw)` takes them; aliases and dashes are accepted, unknown names refused."""
+    names = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        for name in (field.name, *field.metadata["aliases"]):
+            names[name.replace("-", "_")] = field
+    values: dict[str, Any] = {}
+    for key, value in kwargs.items():
+        field = names.get(key.replace("-", "_"))
+        if field is None:
+            raise UserError(f"unknown option '{key}'{nearest(key, names)}")
+        choices = field.metadata["choices"]
+        picked = value if isinstance(value, (list, tuple)) else [value]
+        if choices is not None and value is not None and not set(picked) <= set(choices):
+            raise UserError(f"option '{key}' is {value!r}; expected one of {', '.join(map(str, choices))}")
+        if isinstance(value, Path):
+            value = str(value)
+        if field.metadata["nargs"] in ("+", "*") and value is not None and not isinstance(value, (list, tuple)):
+            value = [value]
+        values[field.name] = value
+    return cls(**values)
+
+
+def config_dict(config: Any) -> dict[str, Any]:
+    """The fields of a config as plain values (for opt.yaml and checkpoints)."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()
+    }
+
+
+def run_cli(main: Callable[[], int | None]) -> NoReturn:
+    """Run a verb as a program: a UserError becomes one line on stderr and exit code 1."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        code = 1
+    except BrokenPipeError:
+        code = 1
+    sys.exit(code or 0)

@@ -1,0 +1,83 @@
+"""Devices: what `--device` means, and whether the installed torch can use the GPU that is there."""
+
+import os
+import re
+
+import torch
+
+from utils.core.errors import UserError
+from utils.core.log import LOGGER
+
+
+def parse_device(spec: str) -> list[int] | str:
+    """`''` -> best available, `cpu`, `mps`, `0`, `cuda:1`, `0,1` -> list of GPU numbers or a device type."""
+    text = str(spec).strip().lower().replace("cuda:", "").replace("none", "")
+    if text in ("", "cuda"):
+        return [0] if torch.cuda.is_available() else "cpu"
+    if text in ("cpu", "mps"):
+        return text
+    if not re.fullmatch(r"\d+(,\s*\d+)*", text):
+        raise UserError(f"--device {spec!r}; expected cpu, mps, or GPU numbers such as 0 or 0,1")
+    return [int(part) for part in text.split(",")]
+
+
+def select_device(spec: str = "") -> torch.device:
+    """One torch.device for `spec`; a GPU that does not exist or that this torch build cannot run is a UserError."""
+    parsed = parse_device(spec)
+    if parsed == "cpu":
+        return torch.device("cpu")
+    if parsed == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("--device mps, but this machine or torch build has no MPS; use --device cpu")
+        return torch.device("mps")
+    assert isinstance(parsed, list)
+    number = int(os.environ.get("LOCAL_RANK", 0)) if len(parsed) > 1 else 0
+    index = parsed[min(number, len(parsed) - 1)]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index >= count:
+        raise UserError(
+            f"--device {spec}, but torch sees {count} CUDA devices; use --device cpu or a number below {count}"
+        )
+    check_architecture(index)
+    return torch.device("cuda", index)
+
+
+def check_architecture(index: int) -> None:
+    """Refuse a GPU whose architecture is not compiled into the installed torch (V100 with a CUDA 13 build)."""
+    major, minor = torch.cuda.get_device_capability(index)
+    built = torch.cuda.get_arch_list()
+    numbers = [int(a.split("_")[1].rstrip("af")) for a in built if re.match(r"(sm|compute)_\d+", a)]
+    if numbers and major * 10 + minor < min(numbers):
+        name = torch.cuda.get_device_name(index)
+        raise UserError(
+            f"{name} is sm_{major}{minor}, but torch {torch.__version__} is built for {' '.join(built)}; "
+            "install a torch built for it (Volta: torch 2.10 with CUDA 12.6, see docs/install.md)"
+        )
+
+
+def describe(device: torch.device) -> str:
+    """One line for the start of a run: torch, device, memory."""
+    if device.type == "cuda":
+        p = torch.cuda.get_device_properties(device)
+        return f"torch {torch.__version__}, CUDA:{device.index} {p.name}, {p.total_memory / 2**20:.0f} MiB"
+    return f"torch {torch.__version__}, {device.type.upper()}, {torch.get_num_threads()} threads"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a clock read next is honest."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def explain_memory_error(error: RuntimeError, batch_size: int, imgsz: int) -> UserError | None:
+    """A UserError that names the remedy if `error` is out-of-memory, else None."""
+    text = str(error).lower()
+    if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in text and "can't allocate" not in text:
+        return None
+    LOGGER.debug("memory error", exc_info=error)
+    return UserError(
+        f"out of memory with --batch-size {batch_size} at --imgsz {imgsz}; try --batch-size {max(batch_size // 2, 1)} "
+        "(the nominal batch is kept by accumulation), a smaller --imgsz, or --batch-size -1 on a GPU"
+    )

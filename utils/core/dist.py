@@ -1,0 +1,144 @@
+"""The one place that knows the rank. In a single process every operation is a no-op."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+
+from utils.core.device import select_device
+from utils.core.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Dist:
+    """This process among its peers; built by `Dist.start`, handed down as a value."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def single(cls, device: torch.device | str = "cpu") -> "Dist":
+        """One process on one device."""
+        return cls(device=torch.device(device))
+
+    @classmethod
+    def start(cls, device_spec: str, timeout: float = 600.0) -> "Dist":
+        """Join the group that torchrun announced in the environment, or be the only process."""
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        if world == 1:
+            return cls.single(select_device(device_spec))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        device = select_device(
+            device_spec or ",".join(map(str, range(max(torch.cuda.device_count(), 1))))
+            if torch.cuda.is_available()
+            else "cpu"
+        )
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        torch_dist.init_process_group(
+            backend, timeout=timedelta(seconds=timeout), device_id=device if device.type == "cuda" else None
+        )
+        return cls(torch_dist.get_rank(), world, local, device)
+
+    def stop(self) -> None:
+        """Leave the group."""
+        if self.world_size > 1 and torch_dist.is_initialized():
+            torch_dist.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            torch_dist.barrier()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks (a new tensor)."""
+        if self.world_size == 1:
+            return tensor
+        total = tensor.detach().clone()
+        torch_dist.all_reduce(total)
+        return total
+
+    def sum_(self, tensors: list[Tensor]) -> None:
+        """Sum a list of tensors over the ranks in place, in one flat message per dtype."""
+        if self.world_size == 1 or not tensors:
+            return
+        groups: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            groups.setdefault(tensor.dtype, []).append(tensor)
+        for group in groups.values():
+            flat = torch.cat([t.reshape(-1) for t in group])
+            torch_dist.all_reduce(flat)
+            for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Mean over the ranks (a new tensor)."""
+        return self.sum(tensor) / self.world_size
+
+    def gather(self, value: T) -> list[T] | None:
+        """All ranks' values, in rank order, on the main rank; None elsewhere."""
+        if self.world_size == 1:
+            return [value]
+        out: list[Any] | None = [None] * self.world_size if self.is_main else None
+        torch_dist.gather_object(value, out)
+        return out
+
+    def broadcast(self, value: T) -> T:
+        """The main rank's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        box: list[Any] = [value]
+        torch_dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def main_first(self, function: Callable[[], T]) -> T:
+        """Run `function` on the main rank, then on the others (which find its caches warm)."""
+        if self.world_size == 1:
+            return function()
+        failure: str | None = None
+        result: Any = None
+        if self.is_main:
+            try:
+                result = function()
+            except UserError as error:
+                failure = str(error)
+        failure = self.broadcast(failure)
+        if failure is not None:
+            raise UserError(failure)
+        return result if self.is_main else function()
+
+    def sync_batch_norm(self, model: nn.Module) -> nn.Module:
+        """BatchNorm layers take their statistics over all ranks."""
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model) if self.world_size > 1 else model
+
+
+def is_restarted() -> bool:
+    """Whether torchrun started this group again after a failure (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def launched() -> bool:
+    """Whether this process was started by torchrun or another launcher."""
+    return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def relaunch(processes: int, argv: Sequence[str]) -> int:
+    """Start this program again under torchrun with one process per GPU; returns its exit code."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.call([*command, sys.argv[0], *argv])

@@ -1,0 +1,82 @@
+"""Files: atomic writes, run folders, the user's cache folder, and near misses of names."""
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from utils.core.errors import UserError
+
+
+@contextmanager
+def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a temporary neighbor of `path`; on success flush it to the disk and rename it over `path`.
+
+    Whatever goes wrong (a full disk, a crash, an exception in the body), the earlier content of `path` stays whole.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush the rename itself where the platform allows opening a folder."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def increment_path(project: str | Path, name: str, exist_ok: bool = False) -> Path:
+    """Create and return project/name, or project/name2, name3, ... when it exists and `exist_ok` is false."""
+    base = Path(project) / name
+    base.parent.mkdir(parents=True, exist_ok=True)
+    if exist_ok:
+        base.mkdir(exist_ok=True)
+        return base
+    number = 1
+    while True:
+        path = base if number == 1 else base.with_name(f"{base.name}{number}")
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+
+
+def cache_dir(*parts: str) -> Path:
+    """A folder for caches, created: $YOLOV5_SPD_CACHE, else $XDG_CACHE_HOME/yolov5-spd, else ~/.cache/yolov5-spd."""
+    root = os.environ.get("YOLOV5_SPD_CACHE")
+    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "yolov5-spd"
+    path = base.joinpath(*parts)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def existing_file(path: str | Path, what: str) -> Path:
+    """`path` as a Path if it is a file, else a UserError that names what was looked for."""
+    found = Path(path)
+    if not found.is_file():
+        raise UserError(f"{what} '{path}' not found; expected a file (working directory: {Path.cwd()})")
+    return found
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """`; did you mean 'x'?` when a choice is close to `name`, else an empty string."""
+    match = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return f"; did you mean '{match[0]}'?" if match else ""

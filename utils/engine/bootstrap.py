@@ -1,0 +1,137 @@
+"""Is the difference between two models more than luck? A paired bootstrap over the images of one data set.
+
+The images are drawn with replacement, the same draw for both models, and AP is measured anew. Detections are matched
+once: a match does not depend on which other images are drawn, so that a replicate is a weighted pass over sorted
+detections.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from utils.core.errors import UserError
+from utils.engine.coco_eval import MetricSettings, Truth
+from utils.ops.metrics import ANY_AREA, Found, average_precision, match
+
+CELLS_AT_ONCE = 1_000_000
+
+
+@dataclass(frozen=True)
+class _Class:
+    """What one class contributes to one metric of one model."""
+
+    image: np.ndarray  # int64[k], image of each detection, in the order of falling score
+    hits: np.ndarray  # bool[T, k]
+    counted: np.ndarray  # bool[T, k], not ignored
+    objects: np.ndarray  # int64[j], images of the objects to be found
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference B - A with its bootstrap interval."""
+
+    metric: str
+    a: float
+    b: float
+    low: float
+    high: float
+    level: float
+    share_above: float  # share of the replicates in which B is better
+    replicates: int
+
+    @property
+    def difference(self) -> float:
+        return self.b - self.a
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.low > 0 or self.high < 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "difference": self.difference, "clear": self.clear}
+
+
+class Resampler:
+    """Average precision of one model for any weights of the images."""
+
+    def __init__(self, truth: Truth, found: Found, settings: MetricSettings, area: tuple[float, float]):
+        thrs = np.array(settings.iou_thrs)
+        matches = match(truth.objects, found, truth.nc, thrs, area=area, max_det=settings.max_dets[-1])
+        hits = matches.hit
+        self.classes: list[_Class] = []
+        for c in range(truth.nc):
+            objects = truth.objects.image[matches.counted & (truth.objects.cls == c)]
+            if len(objects):
+                part = slice(matches.class_start[c], matches.class_start[c + 1])
+                self.classes.append(_Class(matches.image[part], hits[:, part], ~matches.ignored[:, part], objects))
+
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        """AP float64[R] when image i counts weights[r, i] times; NaN where no object is left."""
+        total, classes = np.zeros(len(weights)), np.zeros(len(weights))
+        for c in self.classes:
+            objects = weights[:, c.objects].sum(1)
+            present = np.flatnonzero(objects > 0)
+            step = max(1, CELLS_AT_ONCE // max(len(c.image), 1))
+            for start in range(0, len(present), step):
+                rows = present[start : start + step]
+                each = weights[np.ix_(rows, c.image)]
+                parts = [average_precision(h, each * n, objects[rows]) for h, n in zip(c.hits, c.counted, strict=True)]
+                total[rows] += np.mean(parts, axis=0)
+            classes[present] += 1
+        return np.divide(total, classes, out=np.full(len(weights), np.nan), where=classes > 0)
+
+
+def paired_bootstrap(
+    truth: Truth,
+    a: Found,
+    b: Found,
+    *,
+    metrics: Sequence[str] = ("AP", "AP_S"),
+    settings: MetricSettings | None = None,
+    replicates: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Percentile intervals of the differences B - A. Metrics: `AP`, or `AP_` and a size range of the settings."""
+    settings = settings or MetricSettings()
+    if replicates < 2 or not 0 < level < 1:
+        raise UserError(f"{replicates} replicates at level {level}; expected at least 2 and a level between 0 and 1")
+    draws = image_weights(len(truth), replicates, seed)
+    out = {}
+    for metric in metrics:
+        area = ANY_AREA if metric == "AP" else settings.ranges.get(metric.removeprefix("AP_"))
+        if area is None:
+            choices = ", ".join(f"AP_{key}" for key in settings.ranges)
+            raise UserError(f"metric {metric} cannot be resampled; expected AP, {choices}")
+        models = [Resampler(truth, found, settings, area) for found in (a, b)]
+        whole = [float(model(np.ones((1, len(truth))))[0]) for model in models]
+        difference = models[1](draws) - models[0](draws)
+        difference = difference[np.isfinite(difference)]
+        if len(difference):
+            low, high = np.quantile(difference, [(1 - level) / 2, (1 + level) / 2]).tolist()
+            above = float(np.mean(difference > 0) + np.mean(difference == 0) / 2)
+        else:
+            low = high = above = float("nan")
+        out[metric] = Interval(metric, whole[0], whole[1], low, high, level, above, len(difference))
+    return out
+
+
+def image_weights(images: int, replicates: int, seed: int) -> np.ndarray:
+    """How often each image is drawn in each replicate, float64[replicates, images]; every row sums to `images`."""
+    rng = np.random.default_rng(seed)
+    share = np.full(images, 1 / images)
+    return rng.multinomial(images, share, size=replicates).astype(np.float64)
+
+
+def per_image_quality(truth: Truth, found: Found, *, confidence: float, iou: float = 0.5) -> np.ndarray:
+    """What a model makes of each image at one confidence: F1 float64[n]; 1 for a rightly empty image."""
+    kept = found.take(found.score >= confidence)
+    matches = match(truth.objects, kept, truth.nc, np.array([iou]))
+    n = len(truth)
+    true = np.bincount(matches.image[matches.hit[0]], minlength=n)
+    said = np.bincount(matches.image[~matches.ignored[0]], minlength=n)
+    there = np.bincount(truth.objects.image[matches.counted], minlength=n)
+    return np.divide(2 * true, said + there, out=np.ones(n), where=said + there > 0)

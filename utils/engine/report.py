@@ -1,0 +1,123 @@
+"""What an evaluation leaves behind: the table and the speed line, metrics.json, per_class.csv, and its figures."""
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.core.files import atomic_write
+from utils.engine.coco_eval import TABLE
+from utils.engine.plots import plot_confusion, plot_curves
+from utils.engine.validate import STAGES, EvalResult
+from utils.ops.boxes import xyxy_to_cxcywh
+
+NAME_WIDTH = 22
+MANY_CLASSES = 50
+
+
+def table(metrics: Mapping[str, Any], *, per_class: bool = True) -> str:
+    """The numbers as text: header, row `all`, and a row per class that has objects or is asked for."""
+    extra = [key for key in metrics if key.startswith("AP") and key not in TABLE and key != "AP"]
+    columns = [*TABLE, *extra]
+    lines = [f"{'Class':>{NAME_WIDTH}}{'Images':>9}{'Instances':>11}" + "".join(f"{c:>9}" for c in columns)]
+    rows = [{**metrics, "name": "all"}]
+    if per_class and len(metrics["per_class"]) > 1:
+        rows += [row for row in metrics["per_class"] if row["instances"]]
+    for row in rows:
+        name = str(row["name"])
+        name = name if len(name) < NAME_WIDTH else name[: NAME_WIDTH - 2] + "…"
+        numbers = "".join(f"{shown(row.get(c)):>9}" for c in columns)
+        lines.append(f"{name:>{NAME_WIDTH}}{row['images']:>9}{row['instances']:>11}{numbers}")
+    return "\n".join(lines)
+
+
+def shown(value: float | None, digits: int = 3) -> str:
+    """A number for people; `-` where there was nothing to measure."""
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def speed_line(speed_ms: Mapping[str, float], shape: Sequence[int] = ()) -> str:
+    """`Speed: 0.5ms pre-process, 20.1ms inference, 1.2ms NMS per image at shape (32, 3, 640, 640)`."""
+    parts = ", ".join(f"{speed_ms.get(stage, 0.0):.1f}ms {stage}" for stage in STAGES)
+    return f"Speed: {parts} per image" + (f" at shape {tuple(shape)}" if shape else "")
+
+
+def plain(value: Any) -> Any:
+    """NaN and infinity as None, tuples as lists, numpy numbers as Python's: what JSON can hold."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write `value` as strict JSON."""
+    with atomic_write(path, "w") as file:
+        json.dump(plain(value), file, indent=1, allow_nan=False, ensure_ascii=False)
+        file.write("\n")
+    return Path(path)
+
+
+def write_metrics(folder: str | Path, result: EvalResult, settings: Mapping[str, Any]) -> Path:
+    """metrics.json: all numbers (null where undefined), the speed, and the settings that gave them."""
+    content = {**result.metrics, "speed_ms": result.speed_ms}
+    if result.loss:
+        content["loss"] = result.loss
+    return write_json(Path(folder) / "metrics.json", {**content, "settings": settings})
+
+
+def write_per_class(folder: str | Path, metrics: Mapping[str, Any]) -> Path:
+    """per_class.csv: a row per class, empty cells where undefined."""
+    path = Path(folder) / "per_class.csv"
+    rows = metrics["per_class"]
+    with atomic_write(path, "w") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else ["id", "name"])
+        writer.writeheader()
+        writer.writerows(plain(rows))
+    return path
+
+
+def write_report(
+    folder: str | Path, result: EvalResult, settings: Mapping[str, Any], names: Sequence[str], *, figures: bool = True
+) -> None:
+    """Everything but the pictures of batches, into `folder`."""
+    write_metrics(folder, result, settings)
+    if not result.metrics:
+        return
+    write_per_class(folder, result.metrics)
+    if figures and result.curves is not None and result.confusion is not None:
+        key = f"AP{100 * result.curves.iou:g}"
+        plot_curves(result.curves, names, [row.get(key, math.nan) for row in result.metrics["per_class"]], folder)
+        note = ""
+        if "confusion_conf" in settings:
+            note = f" (confidence from {settings['confusion_conf']:g}, IoU from {settings['confusion_iou']:g})"
+        plot_confusion(result.confusion, names, folder, note)
+
+
+def write_rows(
+    folder: str | Path, rows: np.ndarray, stems: Sequence[str], shapes: np.ndarray, *, with_conf: bool
+) -> Path:
+    """A text file per image with detections: `class cx cy w h [confidence]`, normalized, as YOLO labels are.
+
+    rows: [k, 7] image number, x1, y1, x2, y2 in source pixels, confidence, class; shapes: [n, 2] height and width.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for image in np.unique(rows[:, 0].astype(int)):
+        mine = rows[rows[:, 0] == image]
+        height, width = (float(v) for v in shapes[image])
+        boxes = xyxy_to_cxcywh(mine[:, 1:5].astype(np.float64)) / np.array([width, height, width, height])
+        lines = []
+        for (cx, cy, w, h), conf, cls in zip(boxes, mine[:, 5], mine[:, 6], strict=True):
+            extra = f" {conf:g}" if with_conf else ""
+            lines.append(f"{int(cls)} {cx:g} {cy:g} {w:g} {h:g}{extra}\n")
+        with open(folder / f"{stems[image]}.txt", "w", encoding="utf-8") as file:
+            file.writelines(lines)
+    return folder

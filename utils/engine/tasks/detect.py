@@ -1,0 +1,185 @@
+"""The detection task: boxes, anchors, the YOLOv5 loss, COCO metrics."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.weights import pack_model
+from utils.core.dist import Dist
+from utils.core.errors import UserError
+from utils.core.hyp import Hyp
+from utils.core.log import LOGGER
+from utils.data.dataset import DetectionDataset
+from utils.data.index import LabelIndex, build_index
+from utils.data.loader import Batch, EvalLoader, TrainLoader
+from utils.data.spec import DataSpec
+from utils.engine.pictures import BatchPictures, draw_train_batch
+from utils.engine.plots import plot_labels
+from utils.engine.report import speed_line, table, write_report
+from utils.engine.settings import TrainConfig
+from utils.engine.tasks import Evaluation, LossTerm
+from utils.engine.validate import ModelPredictor, ValSettings, to_float, validate
+from utils.ops.anchors import check_anchors
+from utils.ops.loss import LOSS_NAMES, DetectionLoss
+
+METRICS = {
+    "metrics/precision": "P", "metrics/recall": "R", "metrics/mAP_0.5": "AP50", "metrics/mAP_0.5:0.95": "AP",
+    "metrics/AP_S": "AP_S", "metrics/AP_M": "AP_M", "metrics/AP_L": "AP_L",
+}  # fmt: skip
+
+
+class DetectTask:
+    """Joins a detection data set and a DetectionModel for the training loop."""
+
+    kind = "detect"
+    loss_names = LOSS_NAMES
+    metric_names = (*METRICS, *(f"val/{name}_loss" for name in LOSS_NAMES))
+
+    def __init__(self, model: nn.Module, spec: DataSpec, config: TrainConfig, hyp: Hyp, dist: Dist) -> None:
+        self.model, self.spec, self.config, self.hyp, self.dist = model, spec, config, hyp, dist
+        self.imgsz = config.imgsz
+        self.names: list[str] = ["item"] if config.single_cls else list(spec.names)
+        self.stride = int(model.max_stride)  # type: ignore[arg-type]
+        check_size(config.imgsz, self.stride)
+        self.train_index = dist.main_first(lambda: self._index("train"))
+        self.val_index = dist.main_first(lambda: self._index("val"))
+        if not len(self.val_index):
+            raise UserError(f"{spec.yaml}: the validation set has no images; give `val:` a folder with images")
+        if not len(self.train_index.cls):
+            raise UserError(
+                f"{spec.yaml}: no label in {len(self.train_index)} training images; expected labels/<name>.txt beside "
+                "images/<name>.jpg, or an `annotations:` entry"
+            )
+        slices = (config.slice, config.overlap) if config.slice else None
+        self.dataset = DetectionDataset(
+            self.train_index, config.imgsz, hyp, augment=True, seed=config.seed, rect=config.rect,
+            stride=self.stride, cache=config.cache, slices=slices,
+        )  # fmt: skip
+        self.samples = len(self.dataset)
+        if not (config.noautoanchor or config.resume):
+            self._fit_anchors()
+        self.criterion = DetectionLoss(model.anchors, model.strides, len(self.names), hyp, config.imgsz)  # type: ignore[arg-type]
+        self._eval_loader: EvalLoader | None = None
+
+    def _index(self, split: str) -> LabelIndex:
+        config = self.config
+        return build_index(
+            self.spec, split, policy=config.label_policy, single_cls=config.single_cls, rebuild=config.rebuild_cache
+        )
+
+    def _fit_anchors(self) -> None:
+        """Fit anchors to the boxes at network size where the model's own would miss some."""
+        hw = self.train_index.shapes[image_of_box(self.train_index)].astype(np.float64)
+        gain = self.imgsz / np.maximum(hw.max(1, keepdims=True), 1)
+        boxes = self.train_index.boxes.astype(np.float64)
+        wh = (boxes[:, 2:] - boxes[:, :2])[~self.train_index.crowd] * gain[~self.train_index.crowd]
+        own = self.model.anchors.cpu().numpy()  # type: ignore[union-attr, operator]
+        check = check_anchors(wh, own, self.hyp.anchor_t, self.config.seed)
+        if check.changed:
+            self.model.set_anchors(torch.from_numpy(check.anchors))  # type: ignore[operator]
+            LOGGER.info(f"anchors fitted to the data: recall {check.recall:.4f} -> {check.new_recall:.4f}")
+        else:
+            LOGGER.info(f"anchors kept: best possible recall {check.recall:.4f}")
+
+    # ---------------------------------------------------------------- training
+
+    def loader(self, epoch_weights: Sequence[float] | None) -> TrainLoader:
+        weights = None
+        if epoch_weights is not None:
+            per_image = np.zeros(self.samples)
+            np.add.at(per_image, image_of_box(self.train_index), np.asarray(epoch_weights)[self.train_index.cls])
+            weights = per_image + 1e-6
+        return TrainLoader(
+            self.dataset, self.config.batch_size, workers=self.config.workers, seed=self.config.seed,
+            rank=self.dist.rank, world_size=self.dist.world_size, weights=weights, shuffle=not self.config.rect,
+        )  # fmt: skip
+
+    def images(self, batch: Batch, device: torch.device, epoch: int, step: int) -> Tensor:
+        images = to_float(batch.images, device)
+        if not self.config.multi_scale:
+            return images
+        rng = np.random.default_rng([self.config.seed, 0x5CA1E, epoch, step])
+        size = int(rng.integers(self.imgsz * 0.5, self.imgsz * 1.5 + self.stride)) // self.stride * self.stride
+        gain = size / max(images.shape[2:])
+        hw = [max(round(side * gain / self.stride), 1) * self.stride for side in images.shape[2:]]
+        return F.interpolate(images, size=hw, mode="bilinear", align_corners=False)
+
+    def loss(self, outputs: list[Tensor] | None, batch: Batch, global_images: int, dist: Dist) -> LossTerm:
+        layers = self.criterion.assign(batch.targets, outputs) if outputs else []
+        counts = torch.tensor([float(len(layer)) for layer in layers] or [0.0] * len(self.criterion.strides))
+        positives = dist.sum(counts.to(dist.device, non_blocking=True))
+        if outputs is None:
+            zero = torch.zeros(len(LOSS_NAMES), device=dist.device)
+            return LossTerm(zero.sum(), zero)
+        parts = self.criterion(outputs, layers, positives=positives, images=global_images)
+        stacked = torch.stack([parts[name] for name in LOSS_NAMES])
+        return LossTerm(stacked.sum() * global_images, stacked.detach())
+
+    # ---------------------------------------------------------------- evaluation
+
+    def evaluate(self, model: nn.Module, dist: Dist, *, folder: Path | None = None) -> Evaluation:
+        config = self.config
+        amp = torch.float16 if dist.device.type == "cuda" and config.amp != "off" else None
+        predictor = ModelPredictor(model, self.names, device=dist.device, amp=amp)
+        criterion = DetectionLoss(model.anchors, model.strides, len(self.names), self.hyp, config.imgsz)  # type: ignore[arg-type]
+        pictures = BatchPictures(folder, self.names) if folder and dist.is_main and not config.noplots else None
+        result = validate(
+            predictor, self._validation_loader(), self.val_index, self.names, self._settings, dist,
+            loss=criterion, on_batch=pictures,
+        )  # fmt: skip
+        numbers = {column: float(result.metrics[key]) for column, key in METRICS.items()}
+        numbers |= {f"val/{name}_loss": value for name, value in result.loss.items()}
+        scores = [float(np.nan_to_num(row["AP"])) for row in result.metrics["per_class"]]
+        text = table(result.metrics, per_class=folder is not None and len(self.names) < 50)
+        if folder is not None:
+            text += "\n" + speed_line(result.speed_ms, result.shape)
+            if dist.is_main:
+                write_report(folder, result, self._settings.as_dict(), self.names, figures=not config.noplots)
+        return Evaluation(numbers, result.fitness, text, scores)
+
+    @property
+    def _settings(self) -> ValSettings:
+        return ValSettings(iou_thres=0.65 if self.spec.yaml.stem == "coco" else 0.6)
+
+    def _validation_loader(self) -> EvalLoader:
+        if self._eval_loader is None:
+            dataset = DetectionDataset(
+                self.val_index, self.config.imgsz, self.hyp, augment=False, rect=True, pad=0.5, stride=self.stride
+            )
+            self._eval_loader = EvalLoader(
+                dataset, self.config.batch_size * 2, workers=self.config.workers,
+                rank=self.dist.rank, world_size=self.dist.world_size,
+            )  # fmt: skip
+        return self._eval_loader
+
+    # ---------------------------------------------------------------- pictures and files
+
+    def start_pictures(self, folder: Path) -> None:
+        index = self.train_index
+        plot_labels(index.cls, index.boxes, index.shapes[image_of_box(index)], self.names, folder / "labels.jpg")
+
+    def batch_picture(self, batch: Batch, path: Path) -> None:
+        draw_train_batch(batch, self.names, path)
+
+    def pack(self, model: nn.Module) -> dict[str, Any]:
+        return pack_model(model, self.names, self.imgsz, data=str(self.spec.yaml.name))
+
+
+def check_size(imgsz: int, stride: int) -> None:
+    """Refuse an image size that the strides do not divide."""
+    if imgsz % stride or imgsz < stride:
+        low = max(imgsz // stride, 1) * stride
+        raise UserError(
+            f"image size {imgsz} is not a multiple of the model's largest stride {stride}; nearest usable sizes are "
+            f"{low} and {low + stride}"
+        )
+
+
+def image_of_box(index: LabelIndex) -> np.ndarray:
+    """Image number of every box of an index, int64 [m]."""
+    return np.repeat(np.arange(len(index)), np.diff(index.offsets))
