@@ -40,6 +40,8 @@ class Interval:
     level: float
     share_above: float  # share of the replicates in which B is better
     replicates: int
+    a_range: tuple[float, float]  # percentile interval of A by itself
+    b_range: tuple[float, float]
 
     @property
     def difference(self) -> float:
@@ -108,15 +110,23 @@ def paired_bootstrap(
             raise UserError(f"metric {metric} cannot be resampled; expected AP, {choices}")
         models = [Resampler(truth, found, settings, area) for found in (a, b)]
         whole = [float(model(np.ones((1, len(truth))))[0]) for model in models]
-        difference = models[1](draws) - models[0](draws)
-        difference = difference[np.isfinite(difference)]
-        if len(difference):
-            low, high = np.quantile(difference, [(1 - level) / 2, (1 + level) / 2]).tolist()
-            above = float(np.mean(difference > 0) + np.mean(difference == 0) / 2)
-        else:
-            low = high = above = float("nan")
-        out[metric] = Interval(metric, whole[0], whole[1], low, high, level, above, len(difference))
+        drawn = [model(draws) for model in models]
+        usable = np.isfinite(drawn[0]) & np.isfinite(drawn[1])
+        a_drawn, b_drawn = drawn[0][usable], drawn[1][usable]
+        difference = b_drawn - a_drawn
+        above = float(np.mean(difference > 0) + np.mean(difference == 0) / 2) if usable.any() else float("nan")
+        low, high = _range(difference, level)
+        ranges = (_range(a_drawn, level), _range(b_drawn, level))
+        out[metric] = Interval(metric, whole[0], whole[1], low, high, level, above, len(difference), *ranges)
     return out
+
+
+def _range(values: np.ndarray, level: float) -> tuple[float, float]:
+    """The central `level` of the values; NaN without any."""
+    if not len(values):
+        return float("nan"), float("nan")
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist()
+    return low, high
 
 
 def image_weights(images: int, replicates: int, seed: int) -> np.ndarray:
@@ -124,14 +134,3 @@ def image_weights(images: int, replicates: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     share = np.full(images, 1 / images)
     return rng.multinomial(images, share, size=replicates).astype(np.float64)
-
-
-def per_image_quality(truth: Truth, found: Found, *, confidence: float, iou: float = 0.5) -> np.ndarray:
-    """What a model makes of each image at one confidence: F1 float64[n]; 1 for a rightly empty image."""
-    kept = found.take(found.score >= confidence)
-    matches = match(truth.objects, kept, truth.nc, np.array([iou]))
-    n = len(truth)
-    true = np.bincount(matches.image[matches.hit[0]], minlength=n)
-    said = np.bincount(matches.image[~matches.ignored[0]], minlength=n)
-    there = np.bincount(truth.objects.image[matches.counted], minlength=n)
-    return np.divide(2 * true, said + there, out=np.ones(n), where=said + there > 0)

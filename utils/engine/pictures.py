@@ -16,26 +16,26 @@ from utils.ops.boxes import cxcywh_to_xyxy
 PICTURE_SIDE = 1920
 PICTURE_CONF = 0.25
 MAX_IMAGES = 16
+TEXT_PX = 10
 
 
-def draw_boxes(
-    image: np.ndarray,
-    xyxy: np.ndarray,
-    cls: np.ndarray,
-    texts: Sequence[str] = (),
-    *,
-    width: int = 1,
-    text_px: int = 10,
-) -> np.ndarray:
+def draw_boxes(image: np.ndarray, xyxy: np.ndarray, cls: np.ndarray, texts: Sequence[str] = ()) -> np.ndarray:
     """A copy of RGB `image` [H, W, 3] with boxes in the colors of their classes, and a text each where given."""
+    return draw_boxes_in(image, xyxy, [color_of(int(c)) for c in cls], texts)
+
+
+def draw_boxes_in(
+    image: np.ndarray, xyxy: np.ndarray, shades: Sequence[tuple[int, int, int]], texts: Sequence[str] = ()
+) -> np.ndarray:
+    """A copy of RGB `image` with boxes in given colors; an empty text is left away."""
     canvas = Image.fromarray(np.ascontiguousarray(image))
     draw = ImageDraw.Draw(canvas)
-    usable = np.isfinite(xyxy).all(1)
-    for i in np.flatnonzero(usable):
-        color = color_of(int(cls[i]))
-        draw_box(draw, xyxy[i], color, width)
-        if len(texts):
-            draw_label(draw, xyxy[i], texts[i], color, font_of(text_px))
+    usable = np.flatnonzero(np.isfinite(xyxy).all(1))
+    for i in usable:
+        draw_box(draw, xyxy[i], shades[i], 1)
+    for i in usable:
+        if len(texts) and texts[i]:
+            draw_label(draw, xyxy[i], texts[i], shades[i], font_of(TEXT_PX))
     return np.asarray(canvas)
 
 

@@ -1,0 +1,209 @@
+"""Compare two models on one data set: AP by size, a bootstrap of the difference, pictures where they differ most.
+
+python compare.py --weights yolov5n.pt spd-n.pt --data data/demo.yaml
+python compare.py --predictions a.json b.json --annotations instances.json --images images/
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.backends import load_predictor
+from utils.core.config import config_dict, config_from_kwargs, option, parse_config, run_cli
+from utils.core.dist import Dist
+from utils.core.errors import UserError
+from utils.core.files import increment_path
+from utils.core.log import LOGGER
+from utils.data.frames import safe_name
+from utils.data.images import read_image
+from utils.data.index import build_index
+from utils.data.labels import POLICIES
+from utils.data.spec import load_data
+from utils.engine.bootstrap import Interval, paired_bootstrap
+from utils.engine.coco_eval import MetricSettings, Truth, coco_metrics, found_from_rows
+from utils.engine.coco_files import found_from_coco, truth_from_coco
+from utils.engine.comparison import comparison_table, judge, most_different, plot_bars, save_pairs
+from utils.engine.evaluation import EvalPlan, check_classes, evaluate
+from utils.engine.predict import combine
+from utils.engine.report import write_json
+from utils.engine.validate import ValSettings
+from utils.ops.metrics import Found
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Options of compare.py."""
+
+    weights: list[str] = option([], "the two model files, A and B", nargs="+")
+    data: str = option("data/demo.yaml", "data YAML")
+    task: str = option("val", "split", choices=("val", "test", "train"))
+    predictions: list[str] = option([], "two files in COCO's result format instead of models", nargs="+")
+    annotations: str = option("", "COCO annotation file for --predictions")
+    images: str = option("", "folder of the pictures for --predictions")
+    labels: list[str] = option([], "names of A and B in figures; default: their files", nargs="+")
+    imgsz: list[int] = option(
+        [], "network size: one number, or height and width; default: each model's own",
+        aliases=("img", "img_size"), nargs="+",
+    )  # fmt: skip
+    batch_size: int = option(32, "images (or slices) at a time", aliases=("batch",))
+    workers: int = option(8, "loader processes; 0 loads in the main process")
+    device: str = option("", "cpu, mps, or a GPU number")
+    half: bool = option(False, "16-bit floats where the runtime has them")
+    augment: bool = option(False, "test-time augmentation")
+    slice: int = option(0, "cut images into tiles of this many pixels (0: do not)")
+    overlap: float = option(0.2, "share of a tile that its neighbor sees too")
+    policy: str = option("clip", "what to do with bad labels", choices=POLICIES, aliases=("label_policy",))
+    conf: float | None = option(None, "confidence of the pictures; default: each model's best F1")
+    pictures: int = option(8, "how many images to show side by side")
+    replicates: int = option(1000, "bootstrap replicates; 0: no bootstrap")
+    level: float = option(0.95, "level of the bootstrap intervals")
+    seed: int = option(0, "seed of the bootstrap")
+    iou_thrs: list[float] = option([], "IoU thresholds of AP; default 0.5 to 0.95 in steps of 0.05", nargs="+")
+    max_dets: list[int] = option([1, 10, 100], "detections per image and class that AP and AR count", nargs="+")
+    area_bins: list[float] = option([32.0, 96.0], "sides in pixels that part small, medium and large", nargs=2)
+    area_from: str = option(
+        "annotation", "object size: the annotation's area, or the box", choices=("annotation", "box")
+    )
+    project: str = option("runs/compare", "folder of the runs")
+    name: str = option("exp", "name of this run's folder")
+    exist_ok: bool = option(False, "use an existing run folder instead of a new one")
+
+
+@dataclass(frozen=True)
+class CompareReport:
+    """What the comparison says and where it lies."""
+
+    save_dir: Path
+    metrics: tuple[dict[str, Any], dict[str, Any]]
+    intervals: dict[str, Interval]
+    pictures: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Ground truth, both models' detections, and how to read an image of the data set."""
+
+    truth: Truth
+    found: tuple[Found, Found]
+    read: Callable[[int], np.ndarray] | None
+    stem: Callable[[int], str]
+
+
+def metric_settings(cfg: CompareConfig) -> MetricSettings:
+    """How the numbers are computed."""
+    chosen: dict[str, Any] = {"iou_thrs": tuple(cfg.iou_thrs)} if cfg.iou_thrs else {}
+    bins = tuple(cfg.area_bins)
+    return MetricSettings(max_dets=tuple(cfg.max_dets), area_bins=bins, area_from=cfg.area_from, **chosen)
+
+
+def from_files(cfg: CompareConfig) -> Sides:
+    """Both sides from result files."""
+    if not cfg.annotations:
+        raise UserError("--predictions needs the ground truth: add --annotations INSTANCES.json")
+    truth = truth_from_coco(cfg.annotations, area_from=cfg.area_from)
+    a, b = (found_from_coco(path, truth) for path in cfg.predictions)
+    folder = Path(cfg.images)
+    read = (lambda i: read_image(folder / truth.file_names[i])) if cfg.images else None
+    return Sides(truth, (a, b), read, lambda i: safe_name(Path(truth.file_names[i]).stem))
+
+
+def from_models(cfg: CompareConfig) -> Sides:
+    """Both sides by running the models."""
+    dist = Dist.single(Dist.start(cfg.device).device)
+    spec = load_data(cfg.data)
+    index = build_index(spec, cfg.task, policy=cfg.policy)
+    if not len(index.cls):
+        raise UserError(
+            f"{spec.yaml}: the {len(index)} images of '{cfg.task}:' have no labels; there is nothing to compare by"
+        )
+    settings = ValSettings(metrics=metric_settings(cfg))
+    found, truth = [], None
+    for path, label in zip(cfg.weights, labels_of(cfg), strict=True):
+        size = cfg.imgsz or None
+        predictor = load_predictor(path, device=dist.device, half=cfg.half, names=spec.names, imgsz=size)
+        check_classes(predictor, spec.names, spec.yaml.name)
+        size = cfg.imgsz or list(predictor.imgsz or predictor.metadata.imgsz)
+        plan = EvalPlan((size[0], size[-1]), cfg.batch_size, cfg.workers, True, cfg.slice, cfg.overlap)
+        model = combine([predictor], augment=cfg.augment)
+        result = evaluate(model, index, list(spec.names), plan, settings, dist, title=label)
+        truth = result.truth
+        assert truth is not None
+        found.append(found_from_rows(result.detections, truth))
+    assert truth is not None
+    return Sides(
+        truth, (found[0], found[1]), lambda i: read_image(index.file(i)), lambda i: safe_name(index.file(i).stem)
+    )
+
+
+def labels_of(cfg: CompareConfig) -> list[str]:
+    """Names of A and B: those given, else the file names, else the paths where these are equal."""
+    files = cfg.predictions or cfg.weights
+    if cfg.labels:
+        if len(cfg.labels) != 2:
+            raise UserError(f"--labels names {len(cfg.labels)} models; expected two")
+        return list(cfg.labels)
+    stems = [Path(f).stem for f in files]
+    return stems if stems[0] != stems[1] else [str(f) for f in files]
+
+
+def compare(cfg: CompareConfig) -> CompareReport:
+    """The whole comparison."""
+    files = cfg.predictions or cfg.weights
+    if len(files) != 2:
+        raise UserError(f"{len(files)} files given; expected two with --weights A B (or --predictions A B)")
+    names, settings = labels_of(cfg), metric_settings(cfg)
+    sides = from_files(cfg) if cfg.predictions else from_models(cfg)
+    truth, (a, b) = sides.truth, sides.found
+    metrics_a, _ = coco_metrics(truth, a, settings)
+    metrics_b, _ = coco_metrics(truth, b, settings)
+    intervals: dict[str, Interval] = {}
+    if cfg.replicates:
+        intervals = paired_bootstrap(
+            truth, a, b, settings=settings, replicates=cfg.replicates, level=cfg.level, seed=cfg.seed
+        )
+    folder = increment_path(cfg.project, cfg.name, cfg.exist_ok)
+    plot_bars(names, (metrics_a, metrics_b), intervals, folder / "ap_by_size.png")
+    pictures: list[Path] = []
+    if sides.read is not None and cfg.pictures > 0:
+        verdicts = [
+            judge(
+                name,
+                truth,
+                found,
+                numbers["confidence"] if cfg.conf is None else cfg.conf,
+                settings.pr_iou,
+                settings.max_dets[-1],
+            )
+            for name, found, numbers in zip(names, (a, b), (metrics_a, metrics_b), strict=True)
+        ]
+        picked = most_different(truth, verdicts[0], verdicts[1], cfg.pictures)
+        pictures = save_pairs(truth, verdicts[0], verdicts[1], picked, sides.read, sides.stem, folder / "pairs")
+    content = {
+        "A": {"name": names[0], "file": files[0], **metrics_a},
+        "B": {"name": names[1], "file": files[1], **metrics_b},
+        "difference": {key: interval.as_dict() for key, interval in intervals.items()},
+        "pictures": [path.name for path in pictures],
+        "settings": {**config_dict(cfg), **settings.as_dict()},
+    }
+    write_json(folder / "compare.json", content)
+    LOGGER.info(comparison_table(names, (metrics_a, metrics_b), intervals))
+    LOGGER.info(f"Results saved to {folder}")
+    return CompareReport(folder, (metrics_a, metrics_b), intervals, tuple(pictures))
+
+
+def run(**kwargs: Any) -> CompareReport:
+    """Compare from Python: the keywords are the flags, `compare.run(weights=["a.pt", "b.pt"], data="x.yaml")`."""
+    return compare(config_from_kwargs(CompareConfig, **kwargs))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; an error ends with a non-zero exit code."""
+    compare(parse_config(CompareConfig, argv, "compare.py", __doc__ or ""))
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

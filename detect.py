@@ -1,0 +1,241 @@
+"""Detect objects in pictures, videos, cameras and streams with any model file; `python detect.py --help`."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.backends import load_predictor
+from utils.core.config import config_from_kwargs, option, parse_config, run_cli
+from utils.core.device import describe, select_device
+from utils.core.errors import UserError
+from utils.core.files import increment_path
+from utils.core.log import LOGGER
+from utils.data.frames import Frame, Source
+from utils.data.sources import open_source
+from utils.data.spec import load_data
+from utils.engine.draw import Style
+from utils.engine.pipeline import Behind, ahead
+from utils.engine.predict import Detector, PredictSettings, combine
+from utils.engine.tracking import TRACKERS, Tracking
+from utils.engine.writers import (
+    CropWriter,
+    CsvWriter,
+    NdjsonWriter,
+    PictureWriter,
+    TextWriter,
+    ViewWriter,
+    Writer,
+    refuse_overwrite,
+    require_gui,
+)
+from utils.ops.detections import Detections
+
+RETIRED = {
+    "--visualize": "feature maps are not drawn; use info.py for the shapes of every layer",
+    "--update": "checkpoints need no stripping; export.py writes the deployed file",
+    "--dnn": "ONNX files run on ONNX Runtime; just give the .onnx file to --weights",
+    "--save-format": "--save-txt writes YOLO rows, --save-json and --save-csv boxes in pixels",
+}
+
+
+@dataclass(frozen=True)
+class DetectConfig:
+    """Options of detect.py; names and defaults as YOLOv5 users know them."""
+
+    weights: tuple[str, ...] = option((), "model file(s): .pt, .onnx, ...; several are an ensemble", nargs="+")
+    source: tuple[str, ...] = option(
+        (), "picture, video, folder, glob, list file, URL, webcam number, screen", nargs="+"
+    )
+    data: str = option("", "data YAML with the class names, for model files without metadata")
+    imgsz: tuple[int, ...] = option(
+        (640,), "network size: one number, or height and width", aliases=("img", "img_size"), nargs="+"
+    )
+    conf_thres: float = option(0.25, "smallest confidence", aliases=("conf",))
+    iou_thres: float = option(0.45, "NMS IoU", aliases=("iou",))
+    max_det: int = option(1000, "most detections per picture")
+    device: str = option("", "cpu, mps, or a GPU number")
+    view_img: bool = option(False, "show the results in windows; q ends")
+    save_txt: bool = option(False, "write labels/*.txt, normalized")
+    save_conf: bool = option(False, "add the confidence to --save-txt")
+    save_json: bool = option(False, "write predictions.ndjson, a line for each frame")
+    save_csv: bool = option(False, "write predictions.csv, a row for each box")
+    save_crop: bool = option(False, "write crops/<class>/*.jpg")
+    nosave: bool = option(False, "write no annotated pictures and videos")
+    classes: tuple[int, ...] | None = option(None, "only these class numbers", nargs="+")
+    agnostic_nms: bool = option(False, "suppress overlaps across classes")
+    augment: bool = option(False, "test-time augmentation: three sizes, one mirrored")
+    slice: int = option(0, "cut pictures into tiles of this many pixels (0: do not)")
+    overlap: float = option(0.2, "share of a tile that its neighbor sees too")
+    batch_size: int = option(1, "frames, or tiles with --slice, run at a time", aliases=("batch",))
+    track: str = option("", "number the objects of a video", nargs="?", const="bytetrack", choices=tuple(TRACKERS))
+    vid_stride: int = option(1, "use every n-th frame")
+    stream_timeout: float = option(60.0, "give a stream up after so many seconds without a frame (0: never)")
+    project: str = option("runs/detect", "folder of the runs")
+    name: str = option("exp", "name of this run's folder")
+    exist_ok: bool = option(False, "use an existing run folder instead of a new one")
+    line_thickness: int = option(3, "line width in pixels")
+    hide_labels: bool = option(False, "draw boxes without labels")
+    hide_conf: bool = option(False, "draw labels without confidences")
+    half: bool = option(False, "16-bit floats where the runtime has them")
+
+
+@dataclass(frozen=True)
+class DetectReport:
+    """What a run did: its folder (None when nothing was written), frames and boxes, and the items that failed."""
+
+    save_dir: Path | None
+    frames: int
+    boxes: int
+    failed: tuple[str, ...]
+    speed_ms: dict[str, float]
+
+
+def detect(cfg: DetectConfig) -> DetectReport:
+    """Run the whole line; UserError when nothing of the source could be read."""
+    if not cfg.weights:
+        raise UserError("no --weights given; train.py writes runs/train/exp/weights/best.pt (no weights are shipped)")
+    if cfg.line_thickness < 1:
+        raise UserError(f"--line-thickness {cfg.line_thickness}; expected 1 or more")
+    if cfg.view_img:
+        require_gui()
+    tracking = Tracking(cfg.track, cfg.conf_thres) if cfg.track else None
+    source = open_source(cfg.source, vid_stride=cfg.vid_stride, stream_timeout=cfg.stream_timeout)
+    detector = build_detector(cfg)
+    save_dir = make_folder(cfg, source)
+    writers = make_writers(cfg, save_dir, detector.names)
+    view = ViewWriter(Style(cfg.line_thickness, cfg.hide_labels, cfg.hide_conf)) if cfg.view_img else None
+    boxes = 0
+    behind = Behind(lambda item: write_all(writers, save_dir, *item))
+    try:
+        for frame, detections, ms in results(source, detector, tracking, cfg.batch_size):
+            boxes += len(detections)
+            LOGGER.info(console_line(frame, detections, ms))
+            behind.put((frame, detections))
+            if view is not None:
+                view.write(frame, detections)
+                if view.closed:
+                    break
+    except KeyboardInterrupt:
+        LOGGER.info("interrupted; what was found so far is kept")
+    finally:
+        finish(behind, writers, view, source)
+    return report(source, detector, save_dir, boxes)
+
+
+def build_detector(cfg: DetectConfig) -> Detector:
+    """The model file(s) as one warmed-up detector."""
+    device = select_device(cfg.device)
+    LOGGER.info(describe(device))
+    names = load_data(cfg.data).names if cfg.data else None
+    predictors = [load_predictor(w, device=device, half=cfg.half, names=names, imgsz=cfg.imgsz) for w in cfg.weights]
+    settings = PredictSettings(
+        imgsz=tuple(cfg.imgsz),
+        conf_thres=cfg.conf_thres,
+        iou_thres=cfg.iou_thres,
+        max_det=cfg.max_det,
+        classes=None if cfg.classes is None else tuple(cfg.classes),
+        agnostic=cfg.agnostic_nms,
+        batch_size=cfg.batch_size,
+        slice_size=cfg.slice,
+        overlap=cfg.overlap,
+    )
+    detector = Detector(combine(predictors, augment=cfg.augment), settings)
+    detector.warm_up()
+    return detector
+
+
+def make_folder(cfg: DetectConfig, source: Source) -> Path | None:
+    """The run folder, if anything is to be written into it."""
+    if cfg.nosave and not (cfg.save_txt or cfg.save_crop or cfg.save_csv or cfg.save_json):
+        return None
+    if cfg.exist_ok:
+        refuse_overwrite(Path(cfg.project) / cfg.name, source.files)
+    return increment_path(cfg.project, cfg.name, cfg.exist_ok)
+
+
+def make_writers(cfg: DetectConfig, folder: Path | None, names: Sequence[str]) -> list[Writer]:
+    """The outputs that the flags ask for."""
+    writers: list[Writer] = []
+    if folder is None:
+        return writers
+    if not cfg.nosave:
+        writers.append(PictureWriter(folder, Style(cfg.line_thickness, cfg.hide_labels, cfg.hide_conf)))
+    if cfg.save_txt:
+        writers.append(TextWriter(folder, save_conf=cfg.save_conf))
+    if cfg.save_crop:
+        writers.append(CropWriter(folder, names))
+    if cfg.save_csv:
+        writers.append(CsvWriter(folder))
+    if cfg.save_json:
+        writers.append(NdjsonWriter(folder))
+    return writers
+
+
+def results(
+    source: Source, detector: Detector, tracking: Tracking | None, batch_size: int
+) -> Iterator[tuple[Frame, Detections, float]]:
+    """Every frame with its detections and its share of inference time in ms, while the next frames are being read."""
+    size = batch_size if not detector.settings.slice_size else 1
+    batches = source.batches(size)
+    for frames in batches if source.live else ahead(batches):
+        before = detector.speed.inference
+        found = detector([frame.image for frame in frames])
+        ms = (detector.speed.inference - before) * 1000 / len(frames)
+        for frame, detections in zip(frames, found, strict=True):
+            yield frame, tracking.update(frame, detections) if tracking else detections, ms
+
+
+def console_line(frame: Frame, detections: Detections, ms: float) -> str:
+    """`image 1/2 street.jpg: 480x640 3 persons, 1 bus, 12.3ms`; sizes are those of the picture, height first."""
+    counter = f" ({frame.index}/{frame.frames or '?'})" if frame.kind == "video" else ""
+    h, w = frame.image.shape[:2]
+    place = f"{frame.kind} {frame.item}/{frame.items}{counter} {frame.name}"
+    return f"{place}: {h}x{w} {detections.summary()}, {ms:.1f}ms"
+
+
+def write_all(writers: list[Writer], folder: Path | None, frame: Frame, detections: Detections) -> None:
+    """One frame to every writer; a full disk or a missing right is a UserError."""
+    try:
+        for writer in writers:
+            writer.write(frame, detections)
+    except OSError as error:
+        raise UserError(f"cannot write the results to '{folder}': {error.strerror or error}") from error
+
+
+def finish(behind: Behind[Any], writers: list[Writer], view: ViewWriter | None, source: Source) -> None:
+    """Write what is waiting and close everything, whatever went wrong before."""
+    source.close()
+    try:
+        behind.close()
+    finally:
+        for writer in [*writers, *([view] if view else [])]:
+            writer.close()
+
+
+def report(source: Source, detector: Detector, save_dir: Path | None, boxes: int) -> DetectReport:
+    """The closing lines."""
+    tally = source.tally
+    if not tally.frames and tally.failed:
+        raise UserError(f"none of the {source.items} source files can be read; the lines above say why")
+    LOGGER.info(str(detector.speed))
+    if save_dir is not None:
+        LOGGER.info(f"Results saved to {save_dir}")
+    if tally.failed and not source.live:
+        LOGGER.warning(f"{len(tally.failed)} of {source.items} source files could not be read")
+    return DetectReport(save_dir, tally.frames, boxes, tuple(tally.failed), detector.speed.ms())
+
+
+def run(**kwargs: Any) -> DetectReport:
+    """Detect with the options of the command line as keywords: `detect.run(weights="best.pt", source="images/")`."""
+    return detect(config_from_kwargs(DetectConfig, **kwargs))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 0 when at least one picture was read."""
+    detect(parse_config(DetectConfig, argv, "detect.py", __doc__ or "", RETIRED))
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,174 @@
+"""What every backend shares: the metadata that travels inside a deployed file, and the shape rules of a predictor.
+
+A predictor is a callable from images to raw predictions, whatever runs it. Detection runtimes give the decoded
+[B, N, 5 + nc] of `model.predict`, or per-image rows when NMS is inside the file (`end2end`); classifiers give logits.
+"""
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.core.errors import UserError
+
+SCHEMA = 1
+METADATA_KEY = "yolov5_spd"
+DYNAMIC_CHOICES = ("batch", "hw", "all")
+TASKS = ("detect", "classify")
+DEFAULT_STRIDES = (8, 16, 32)
+DEFAULT_PREPROCESSING = {"color": "RGB", "layout": "NCHW", "range": [0.0, 1.0], "resize": "letterbox", "fill": 114}
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Everything a runtime must know about a file besides its weights. Stored as JSON, read with `json.loads` only."""
+
+    names: tuple[str, ...]
+    imgsz: tuple[int, int]  # height, width of the traced input
+    strides: tuple[int, ...] = DEFAULT_STRIDES
+    task: str = "detect"
+    batch: int = 1
+    channels: int = 3
+    max_stride: int = 32  # sizes of images are multiples of it
+    dynamic: str | None = None  # None, or one of DYNAMIC_CHOICES
+    precision: str = "fp32"  # fp32, fp16 or int8: of the weights; inputs and outputs are float32 in every file
+    nms: dict[str, Any] | None = None  # None, or the settings of the NMS inside the graph
+    preprocessing: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT_PREPROCESSING))
+    version: str = ""
+    licence: str = ""
+    schema: int = SCHEMA
+
+    @property
+    def dynamic_batch(self) -> bool:
+        return self.dynamic in ("batch", "all")
+
+    @property
+    def dynamic_hw(self) -> bool:
+        return self.dynamic in ("hw", "all")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: str) -> "Metadata":
+        """Parses and checks what `to_json` wrote; anything else is a UserError that names the file."""
+        try:
+            data = json.loads(text)
+        except ValueError as e:
+            raise UserError(f"{source}: its metadata is no JSON ({e}); export the file again") from e
+        if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
+            raise UserError(f"{source}: its metadata is not this project's; export the file again")
+        if data["schema"] > SCHEMA:
+            raise UserError(f"{source}: metadata schema {data['schema']} is newer than this program's {SCHEMA}; update the program")
+        names, imgsz, strides = data.get("names"), data.get("imgsz"), data.get("strides")
+        if (
+            not _list_of(names, str)
+            or not _list_of(imgsz, int)
+            or len(imgsz) != 2
+            or not _list_of(strides, int)
+            or data.get("task") not in TASKS
+            or data.get("dynamic") not in (None, *DYNAMIC_CHOICES)
+            or not isinstance(data.get("batch"), int)
+            or not isinstance(data.get("nms"), dict | None)
+        ):
+            raise UserError(f"{source}: its metadata is damaged (names, imgsz, strides, task, batch); export the file again")
+        known = {k: v for k, v in data.items() if k in cls.__dataclass_fields__}
+        known.update(names=tuple(names), imgsz=tuple(imgsz), strides=tuple(strides))
+        return cls(**known)
+
+
+def _list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
+
+
+def given_metadata(source: str, names: Sequence[str] | None, imgsz: int | Sequence[int] | None) -> Metadata:
+    """The metadata of a file that carries none, from what the user says; refused with what to say where that is missing."""
+    if names is None or imgsz is None:
+        raise UserError(
+            f"{source}: no metadata of this project inside (class names, image size, preprocessing); "
+            "give --data DATA.yaml and --imgsz N, or export the file with export.py"
+        )
+    return Metadata(names=tuple(names), imgsz=pair(imgsz))
+
+
+def need(*packages: str, what: str) -> None:
+    """A UserError that names the packages which are not installed. Nothing is ever installed from here."""
+    absent = [p for p in packages if importlib.util.find_spec(p) is None]
+    if absent:
+        raise UserError(f"{what} needs {' and '.join(absent)}, not installed here; pip install {' '.join(absent)}")
+
+
+def pair(imgsz: int | Sequence[int]) -> tuple[int, int]:
+    """An image size as (height, width)."""
+    if isinstance(imgsz, int):
+        return imgsz, imgsz
+    size = [int(v) for v in imgsz]
+    if len(size) not in (1, 2):
+        raise UserError(f"image size {size} has {len(size)} numbers; expected one, or height and width")
+    return size[0], size[-1]
+
+
+class Predictor:
+    """Base of all runtimes: images float [B, 3, H, W] in 0..1 -> Tensor, or a list of [n, 6] where `end2end`.
+
+    A file with a fixed batch takes any number of images: they are cut into its batches and the last one is filled up.
+    Subclasses implement `infer`, which sees only batches that the file can take.
+    """
+
+    end2end = False
+
+    def __init__(self, metadata: Metadata, device: torch.device, half: bool = False):
+        self.metadata = metadata
+        self.device = device
+        self.half = half
+        self.names = list(metadata.names)
+        self.strides = list(metadata.strides)
+        self.task = metadata.task
+        self.max_stride = metadata.max_stride
+        self.end2end = metadata.nms is not None
+        self.batch: int | None = None if metadata.dynamic_batch else metadata.batch
+        self.imgsz: tuple[int, int] | None = None if metadata.dynamic_hw else metadata.imgsz
+
+    def infer(self, images: Tensor) -> Any:
+        raise NotImplementedError
+
+    def __call__(self, images: Tensor) -> Any:
+        self._check(images)
+        if self.batch is None or len(images) == self.batch:
+            return self.infer(images)
+        parts = [self._padded(chunk) for chunk in images.split(self.batch)]
+        return sum(parts, []) if self.end2end else torch.cat(parts)
+
+    def _padded(self, images: Tensor) -> Any:
+        n = len(images)
+        if n < self.batch:
+            images = torch.cat((images, images.new_zeros(self.batch - n, *images.shape[1:])))
+        return self.infer(images)[:n]
+
+    def _check(self, images: Tensor) -> None:
+        assert images.ndim == 4 and images.is_floating_point(), f"expected float [B, C, H, W], got {images.shape}"
+        hw = tuple(images.shape[-2:])
+        if self.imgsz is not None and hw != self.imgsz:
+            raise UserError(
+                f"images of {hw[0]}x{hw[1]} given to a file exported for {self.imgsz[0]}x{self.imgsz[1]}; "
+                f"use --imgsz {self.imgsz[0]} {self.imgsz[1]}, or export with --dynamic hw"
+            )
+
+    def warm_up(self, batch: int = 1, hw: tuple[int, int] | None = None) -> None:
+        """One run on gray images, so that lazy set-up does not count as latency."""
+        h, w = self.imgsz or hw or self.metadata.imgsz
+        self(torch.full((self.batch or batch, self.metadata.channels, h, w), 114 / 255, device=self.device))
+
+
+def rows_from_padded(boxes: Tensor, scores: Tensor, labels: Tensor) -> list[Tensor]:
+    """The outputs of NMS inside a graph, padded to one count (label -1), as a list of [n, 6] x1, y1, x2, y2, conf, cls."""
+    table = torch.cat((boxes.float(), scores.float()[..., None], labels.float()[..., None]), -1)
+    return [rows[keep] for rows, keep in zip(table, labels >= 0, strict=True)]
+
+
+def with_precision(metadata: Metadata, precision: str) -> Metadata:
+    return replace(metadata, precision=precision)

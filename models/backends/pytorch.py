@@ -1,0 +1,84 @@
+"""The native format: a checkpoint of this project run by PyTorch itself, and the path of the model under training."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.backends.base import DEFAULT_PREPROCESSING, Metadata, Predictor, pair
+from utils.core.log import LOGGER
+
+
+class PyTorchPredictor(Predictor):
+    """A network as predictor. The given model is left as it is: a fused (or plain) copy in evaluation mode runs.
+
+    Channels-last memory is used on every device: it is the layout that oneDNN and cuDNN convolutions are fastest in.
+    Boxes are decoded in float32 also with `half`, since float16 cannot hold coordinates above 512 px to a pixel.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        *,
+        imgsz: int | Sequence[int] = 640,
+        device: torch.device | str | None = None,
+        half: bool = False,
+        fuse: bool = True,
+        preprocessing: dict[str, Any] | None = None,
+    ):
+        task = model.task
+        metadata = Metadata(
+            names=tuple(names),
+            imgsz=pair(imgsz),
+            strides=tuple(model.strides) if task == "detect" else (),
+            task=task,
+            dynamic="all",
+            preprocessing=dict(preprocessing or DEFAULT_PREPROCESSING),
+        )
+        device = next(model.parameters()).device if device is None else torch.device(device)
+        if half and device.type == "cpu":
+            LOGGER.warning("half precision of a PyTorch model needs a GPU: running in float32 on the CPU")
+            half = False
+        super().__init__(metadata, device, half)
+        network = _fused(model) if fuse and task == "detect" else copy.deepcopy(model).eval()
+        self.network = network.float().to(device).requires_grad_(False)
+        self.decode = copy.deepcopy(self.network).decode if half and task == "detect" else getattr(network, "decode", None)
+        if half:
+            self.network.half()
+        self.network.to(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def infer(self, images: Tensor) -> Tensor:
+        dtype = torch.float16 if self.half else torch.float32
+        images = images.to(self.device, dtype, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        outputs = self.network(images)
+        if self.task == "detect":
+            return self.decode([m.float() for m in outputs])
+        return outputs.float()
+
+
+def _fused(model: nn.Module) -> nn.Module:
+    from models.fusion import fuse
+
+    return fuse(model)
+
+
+def load(path: Path, *, device: torch.device, half: bool = False, fuse: bool = True, **_: Any) -> PyTorchPredictor:
+    """A .pt or .safetensors checkpoint (ours, or a legacy one that `models.weights` can import) as predictor."""
+    from models.weights import load_model
+
+    loaded = load_model(path, device=str(device))
+    meta = loaded.meta
+    return PyTorchPredictor(
+        loaded.model,
+        loaded.names,
+        imgsz=meta.get("imgsz", 640),
+        device=device,
+        half=half,
+        fuse=fuse,
+        preprocessing=meta.get("preprocessing"),
+    )

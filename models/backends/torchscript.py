@@ -1,0 +1,61 @@
+"""TorchScript: a trace for libtorch and older PyTorch programs. PyTorch itself now points to torch.export (.pt2)."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.backends.base import Metadata, Predictor, given_metadata, rows_from_padded
+from models.backends.graph import ExportJob
+from utils.core.errors import UserError
+from utils.core.files import atomic_write
+
+METADATA_FILE = "yolov5_spd.json"
+
+
+def export(job: ExportJob) -> Path:
+    """Traces the network; the trace runs on the kind of device it was made on."""
+    module = job.module()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the deprecation of TorchScript, and constants that a fixed size makes
+        traced = torch.jit.trace(module, job.example(), check_trace=False, strict=False)
+        traced = torch.jit.freeze(traced)
+        with atomic_write(job.path) as file:
+            torch.jit.save(traced, file, _extra_files={METADATA_FILE: job.metadata.to_json()})
+    return job.path
+
+
+class TorchScriptPredictor(Predictor):
+    """Runs a traced module."""
+
+    def __init__(self, module: torch.jit.ScriptModule, metadata: Metadata, device: torch.device):
+        super().__init__(metadata, device)
+        self.module = module
+
+    @torch.inference_mode()
+    def infer(self, images: Tensor) -> Any:
+        outputs = self.module(images.to(self.device, torch.float32, non_blocking=True))
+        return rows_from_padded(*outputs) if self.end2end else outputs
+
+
+def load(
+    path: Path,
+    *,
+    device: torch.device,
+    names: Sequence[str] | None = None,
+    imgsz: int | Sequence[int] | None = None,
+    **_: Any,
+) -> TorchScriptPredictor:
+    extra = {METADATA_FILE: ""}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            module = torch.jit.load(path, map_location=device, _extra_files=extra)
+        except RuntimeError as e:
+            raise UserError(f"{path}: not a readable TorchScript file ({str(e).splitlines()[0]})") from e
+    text = extra[METADATA_FILE]
+    metadata = Metadata.from_json(text, str(path)) if text else given_metadata(str(path), names, imgsz)
+    return TorchScriptPredictor(module, metadata, device)

@@ -1,0 +1,350 @@
+"""Exact deploy fusion: the network that runs, free of batch normalization and of space-to-depth.
+
+SPD followed by a k x k convolution with padding p is one (scale*k) x (scale*k) convolution of stride `scale` with
+padding scale*p, exactly: a Focus stem becomes a 6x6 convolution of stride 2, and SPD with C3's two 1x1 convolutions one
+2x2 convolution of stride 2 for both branches. Where a Concat lies between SPD and convolution, the convolution over
+concat(SPD(x), y) is split into a strided one on x plus the rest on y, summed before normalization and activation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from models.attention import C3TR
+from models.blocks import (
+    C3,
+    C3SPP,
+    SPP,
+    SPPF,
+    Bottleneck,
+    BottleneckCSP,
+    C3Ghost,
+    C3x,
+    Concat,
+    Conv,
+    CrossConv,
+    DWConv,
+    GhostConv,
+)
+from models.graph import Row
+from models.heads import Detect
+from models.spd import SPD, Focus, Scale, SPDConv, scale_pair
+
+Network = TypeVar("Network", bound=nn.Module)
+
+C3_FAMILY = (C3, C3x, C3Ghost, C3TR, C3SPP)
+ENTRIES: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Conv2d: ("",),
+    Conv: ("conv",),
+    DWConv: ("conv",),
+    SPP: ("cv1.conv",),
+    SPPF: ("cv1.conv",),
+    Bottleneck: ("cv1.conv",),
+    CrossConv: ("cv1.conv",),
+    GhostConv: ("cv1.conv",),
+    BottleneckCSP: ("cv1.conv", "cv2"),
+    **dict.fromkeys(C3_FAMILY, ("cv1.conv", "cv2.conv")),
+}  # the convolutions that alone read a layer's input
+
+
+class SplitConv2d(nn.Module):
+    """One convolution over a concatenation that is never made: the sum of a convolution for each of its inputs."""
+
+    def __init__(self, parts: Sequence[nn.Conv2d]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        y = self.parts[0](inputs[0])
+        for part, x in zip(self.parts[1:], inputs[1:], strict=True):
+            y = y + part(x)
+        return y
+
+
+class MergedC3(nn.Module):
+    """A C3 whose two 1x1 convolutions on the input are one; `entry` gives both branches, deep one first."""
+
+    def __init__(self, entry: nn.Module, deep: nn.Module, last: nn.Module) -> None:
+        super().__init__()
+        self.entry = entry
+        self.m = deep
+        self.cv3 = last
+
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+        deep, shallow = self.entry(x).chunk(2, 1)
+        return self.cv3(torch.cat((self.m(deep), shallow), 1))
+
+
+def fuse(model: Network) -> Network:
+    """The same function as `model` in eval mode, as a new network without batch normalization and, where possible, SPD.
+
+    `model` (a network built from YAML rows) is not touched. What was done, and which SPD stays for what reason, is in
+    the new network's `fusion_report`.
+    """
+    fused = copy.deepcopy(model).eval().requires_grad_(False)
+    report: list[str] = []
+    layers, rows = fused.model, list(fused.rows)  # type: ignore[attr-defined]
+    fold_batch_norms(layers)
+    for row in rows:
+        layers[row.index] = _without_blocks(layers[row.index], f"row {row.index} {row.name}", report)
+    graph = _Graph(rows, layers, report)
+    graph.fuse_spd()
+    for index in range(len(layers)):
+        if index not in graph.rows:
+            layers[index] = nn.Identity()
+        elif type(layers[index]) in C3_FAMILY:
+            layers[index] = merge_c3(layers[index])
+    fused.rows, fused.fusion_report = list(graph.rows.values()), tuple(report)  # type: ignore[attr-defined]
+    return fused
+
+
+def fold_batch_norms(module: nn.Module) -> None:
+    """Fold every batch normalization that directly follows a convolution into it, in place; arithmetic in float64."""
+    for child in module.modules():
+        if isinstance(child, Conv) and isinstance(child.bn, nn.BatchNorm2d):
+            scale, shift = _affine(child.bn)
+            child.conv = _scaled(child.conv, scale, shift)
+            child.bn = nn.Identity()
+        elif isinstance(child, BottleneckCSP) and isinstance(child.bn, nn.BatchNorm2d):
+            scale, shift = _affine(child.bn)
+            half = child.cv3.out_channels
+            child.cv3 = _scaled(child.cv3, scale[:half], shift[:half])
+            child.cv2 = _scaled(child.cv2, scale[half:], shift[half:])
+            child.bn = nn.Identity()
+
+
+def _affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Eval-mode batch normalization as y = scale * x + shift, in float64."""
+    assert bn.running_mean is not None and bn.running_var is not None
+    scale = (bn.running_var.double() + bn.eps).rsqrt()
+    if bn.affine:
+        scale = scale * bn.weight.double()
+    shift = -bn.running_mean.double() * scale
+    return scale, shift + bn.bias.double() if bn.affine else shift
+
+
+def _scaled(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> nn.Conv2d:
+    bias = shift if conv.bias is None else conv.bias.double() * scale + shift
+    return _conv_like(conv, conv.weight.double() * scale.view(-1, 1, 1, 1), bias)
+
+
+def _conv_like(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, **geometry: object) -> nn.Conv2d:
+    """A convolution with these float64 values in `conv`'s type, and its geometry unless given."""
+    settings = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
+    settings |= geometry
+    new = nn.Conv2d(
+        weight.shape[1] * int(settings["groups"]),  # type: ignore[call-overload]
+        weight.shape[0],
+        tuple(weight.shape[2:]),
+        bias=bias is not None,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+        **settings,
+    )
+    with torch.no_grad():
+        new.weight.copy_(weight)
+        if bias is not None:
+            new.bias.copy_(bias)
+    return new.requires_grad_(False)
+
+
+def is_spd_fusible(conv: nn.Module) -> bool:
+    """Whether SPD can be taken into this convolution: its groups must not cut across the blocks."""
+    return type(conv) is nn.Conv2d and conv.groups == 1 and conv.padding_mode == "zeros" and conv.padding != "same"
+
+
+def absorb_spd(conv: nn.Conv2d, scale: Scale) -> nn.Conv2d:
+    """The one strided convolution that equals SPD(scale) followed by `conv`."""
+    assert is_spd_fusible(conv)
+    rows, columns = scale_pair(scale)
+    weight = _undilated(conv.weight.double(), conv.dilation)
+    out, channels, kh, kw = weight.shape
+    channels //= rows * columns
+    blocks = weight.reshape(out, columns, rows, channels, kh, kw)
+    kernel = blocks.permute(0, 3, 4, 2, 5, 1).reshape(out, channels, rows * kh, columns * kw)
+    padding = (0, 0) if conv.padding == "valid" else conv.padding
+    return _conv_like(
+        conv,
+        kernel,
+        conv.bias,
+        stride=(conv.stride[0] * rows, conv.stride[1] * columns),
+        padding=(int(padding[0]) * rows, int(padding[1]) * columns),
+        dilation=1,
+    )
+
+
+def _undilated(weight: Tensor, dilation: tuple[int, ...]) -> Tensor:
+    """The kernel with the zeros of its dilation written out."""
+    if max(dilation) == 1:
+        return weight
+    out, channels, kh, kw = weight.shape
+    full = weight.new_zeros(out, channels, (kh - 1) * dilation[0] + 1, (kw - 1) * dilation[1] + 1)
+    full[:, :, :: dilation[0], :: dilation[1]] = weight
+    return full
+
+
+def _without_blocks(module: nn.Module, where: str, report: list[str]) -> nn.Module:
+    """Replace SPDConv and Focus blocks, at any depth, by their one strided convolution."""
+    if type(module) in (SPDConv, Focus):
+        block: SPDConv = module  # type: ignore[assignment]
+        if not is_spd_fusible(block.conv.conv):
+            report.append(f"{where}: SPD stays, the convolution behind it is grouped")
+            return module
+        block.conv.conv = absorb_spd(block.conv.conv, block.spd.scale)
+        report.append(f"{where}: one {_describe(block.conv.conv)}")
+        return block.conv
+    for name, child in module.named_children():
+        new = _without_blocks(child, where, report)
+        if new is not child:
+            module.add_module(name, new)
+    return module
+
+
+def _describe(conv: nn.Conv2d) -> str:
+    kernel, stride = ("x".join(map(str, v)) for v in (conv.kernel_size, conv.stride))
+    return f"{kernel} convolution of stride {stride}"
+
+
+def _entry_names(layer: nn.Module, position: int) -> tuple[str, ...]:
+    """Names of the convolutions that alone read the layer's input number `position`; none where others read it too."""
+    if type(layer) is Detect:
+        return (f"m.{position}",)
+    if type(layer) is nn.Sequential and len(layer):
+        return tuple(f"0.{name}" if name else "0" for name in _entry_names(layer[0], position))
+    if getattr(layer, "add", False):
+        return ()
+    return ENTRIES.get(type(layer), ())
+
+
+class _Graph:
+    """The rows and layers under fusion, with the report that grows beside them."""
+
+    def __init__(self, rows: Sequence[Row], layers: nn.Sequential, report: list[str]) -> None:
+        self.rows = {row.index: row for row in rows}
+        self.layers = layers
+        self.report = report
+
+    def readers(self, index: int) -> list[Row]:
+        return [row for row in self.rows.values() if index in row.sources]
+
+    def obstacle(self, reader: Row, source: int) -> str | None:
+        """Why `reader` cannot take in what stands before it at `source`, or None."""
+        layer = self.layers[reader.index]
+        who = f"row {reader.index} {reader.name}"
+        for position in (i for i, s in enumerate(reader.sources) if s == source):
+            names = _entry_names(layer, position)
+            if not names:
+                return f"{who} does more with it than convolve"
+            if not all(is_spd_fusible(_get(layer, name)) for name in names):
+                return f"{who} begins with a grouped convolution"
+        return None
+
+    def concat_obstacle(self, concat: Row) -> str | None:
+        """Why a Concat cannot be split over its readers, or None."""
+        readers = self.readers(concat.index)
+        if self.layers[concat.index].d not in (1, -3) or not readers:
+            return f"row {concat.index} Concat is not over channels or is the output"
+        several = next((r for r in readers if r.many), None)
+        if several:
+            return f"row {several.index} {several.name} reads it through a Concat"
+        return next(filter(None, (self.obstacle(r, concat.index) for r in readers)), None)
+
+    def spd_obstacle(self, spd: Row) -> str | None:
+        """Why an SPD row cannot be taken into the convolutions behind it, or None."""
+        readers = self.readers(spd.index)
+        if not readers:
+            return "it is the output"
+        reasons = (self.concat_obstacle(r) if self.is_concat(r.index) else self.obstacle(r, spd.index) for r in readers)
+        return next(filter(None, reasons), None)
+
+    def is_concat(self, index: int) -> bool:
+        return index in self.rows and type(self.layers[index]) is Concat
+
+    def split(self, concat: Row) -> None:
+        """Remove a Concat: its readers convolve each of its inputs by itself and add up."""
+        known = {source: self.rows[source].channels for source in concat.sources if source in self.rows}
+        for reader in self.readers(concat.index):
+            layer = self.layers[reader.index]
+            for name in _entry_names(layer, 0):
+                conv = _get(layer, name)
+                rest = conv.in_channels - sum(known.get(s, 0) for s in concat.sources)
+                widths = [known.get(s, rest) for s in concat.sources]
+                self.put(reader.index, name, _split(conv, widths))
+            self.rows[reader.index] = replace(reader, sources=concat.sources, many=True)
+        del self.rows[concat.index]
+
+    def absorb(self, spd: Row) -> None:
+        """Remove an SPD row: every convolution behind it becomes a strided one on the SPD's input."""
+        scale = self.layers[spd.index].scale
+        for reader in self.readers(spd.index):
+            layer = self.layers[reader.index]
+            for position in (i for i, s in enumerate(reader.sources) if s == spd.index):
+                for name in _entry_names(layer, position):
+                    entry = _get(layer, name)
+                    if isinstance(entry, SplitConv2d):
+                        entry.parts[position] = conv = absorb_spd(entry.parts[position], scale)
+                    else:
+                        conv = absorb_spd(entry, scale)
+                        self.put(reader.index, name, conv)
+                    beside = "the others by themselves, then the sum" if isinstance(entry, SplitConv2d) else "alone"
+                    what = f"row {reader.index} {reader.name}{'.' if name else ''}{name}"
+                    self.report.append(f"row {spd.index} SPD into {what}: {_describe(conv)}, {beside}")
+            sources = tuple(spd.sources[0] if s == spd.index else s for s in reader.sources)
+            self.rows[reader.index] = replace(reader, sources=sources)
+        del self.rows[spd.index]
+
+    def put(self, index: int, name: str, module: nn.Module) -> None:
+        if name:
+            self.layers[index].set_submodule(name, module)
+        else:
+            self.layers[index] = module
+
+    def fuse_spd(self) -> None:
+        """Take every SPD row whose readers are all convolutions into them; report the ones that stay."""
+        fusible = []
+        for row in [r for r in self.rows.values() if type(self.layers[r.index]) is SPD]:
+            obstacle = self.spd_obstacle(row)
+            if obstacle:
+                self.report.append(f"row {row.index} {row.name} stays: {obstacle}")
+            else:
+                fusible.append(row.index)
+        for concat in [r for r in self.rows.values() if self.is_concat(r.index) and {*r.sources} & {*fusible}]:
+            self.split(concat)
+        for index in fusible:
+            self.absorb(self.rows[index])
+
+
+def _get(layer: nn.Module, name: str) -> nn.Module:
+    return layer.get_submodule(name) if name else layer
+
+
+def _split(conv: nn.Conv2d, widths: Sequence[int]) -> SplitConv2d:
+    """The convolution over a concatenation as one for each input; the bias goes with the first."""
+    weights = conv.weight.split(list(widths), 1)
+    return SplitConv2d([_conv_like(conv, w, conv.bias if i == 0 else None) for i, w in enumerate(weights)])
+
+
+def merge_c3(block: nn.Module) -> nn.Module:
+    """A C3 of any kind with its two input convolutions as one, where their activations are the same."""
+    first, second = block.cv1, block.cv2
+    if not isinstance(first.bn, nn.Identity) or repr(first.act) != repr(second.act):
+        return block
+    entry = copy.copy(first)
+    entry._modules = dict(first._modules)
+    if isinstance(first.conv, SplitConv2d):
+        entry.conv = SplitConv2d([_stack(a, b) for a, b in zip(first.conv.parts, second.conv.parts, strict=True)])
+    else:
+        entry.conv = _stack(first.conv, second.conv)
+    return MergedC3(entry, block.m, block.cv3)
+
+
+def _stack(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
+    """Two convolutions of the same input as one with the outputs of both."""
+    bias = None if first.bias is None else torch.cat((first.bias, second.bias))
+    return _conv_like(first, torch.cat((first.weight, second.weight)), bias)

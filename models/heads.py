@@ -1,0 +1,77 @@
+"""The detection head: raw maps in `forward`, boxes in `decode`, never mixed by a mode."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from models.registry import layer
+
+OBJECTS_PER_IMAGE = 8  # the prior of the objectness bias, for a 640-pixel image
+CLASS_PRIOR = 0.6
+
+
+@layer(head=True, many=True)
+class Detect(nn.Module):
+    """Anchor-based head of YOLOv3 and YOLOv5: one 1x1 convolution per level.
+
+    The channels of a level are ordered (anchor, 5 + nc) as (x, y, w, h, objectness, classes). `anchors` is a buffer of
+    [levels, anchors, 2] in grid units (pixels divided by the level's stride), as YOLOv5 stores it.
+    """
+
+    anchors: Tensor
+
+    def __init__(self, nc: int, anchors: Sequence[Sequence[float]], channels: Sequence[int]) -> None:
+        super().__init__()
+        self.nc = nc
+        self.outputs = nc + 5
+        self.strides: list[int] = []
+        pixels = torch.tensor(anchors, dtype=torch.float32).view(len(channels), -1, 2)
+        self.per_cell = pixels.shape[1]
+        self.register_buffer("anchors", pixels)
+        self.m = nn.ModuleList(nn.Conv2d(c, self.per_cell * self.outputs, 1) for c in channels)
+
+    def set_strides(self, strides: Sequence[int]) -> None:
+        """Fix the strides once: anchors go from pixels to grid units and the biases take their priors."""
+        assert not self.strides, "strides are set once"
+        self.strides = [int(s) for s in strides]
+        self.anchors /= torch.tensor(self.strides, dtype=self.anchors.dtype).view(-1, 1, 1)
+        self.reset_biases()
+
+    def reset_biases(self) -> None:
+        """Objectness starts at 8 objects a 640-pixel image, each class at 0.6 / (nc - 1)."""
+        for conv, stride in zip(self.m, self.strides, strict=True):
+            bias = torch.zeros(self.per_cell, self.outputs)
+            bias[:, 4] = math.log(OBJECTS_PER_IMAGE / (640 / stride) ** 2)
+            bias[:, 5:] = math.log(CLASS_PRIOR / max(self.nc - 1, 0.01))
+            with torch.no_grad():
+                conv.bias[:] = bias.view(-1)
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Feature maps of the levels -> raw maps, each [B, anchors, H, W, 5 + nc]."""
+        maps = []
+        for conv, x in zip(self.m, features, strict=True):
+            b, _, h, w = x.shape
+            maps.append(conv(x).reshape(b, self.per_cell, self.outputs, h, w).permute(0, 1, 3, 4, 2))
+        return maps
+
+    def decode(self, maps: list[Tensor]) -> Tensor:
+        """Raw maps -> [B, N, 5 + nc]: cx, cy, w, h in network pixels, objectness and class probabilities.
+
+        N runs over (level, anchor, row, column). Half-precision maps are decoded in float32, since a 16-bit coordinate
+        beyond 512 pixels is worth half a pixel.
+        """
+        parts = []
+        for raw, anchors, stride in zip(maps, self.anchors, self.strides, strict=True):
+            b, na, h, w, outputs = raw.shape
+            probability = (raw if raw.dtype == torch.float64 else raw.float()).sigmoid()
+            xy, wh, scores = probability.split((2, 2, outputs - 4), -1)
+            x = torch.arange(w, device=raw.device, dtype=xy.dtype).view(1, 1, 1, w, 1).expand(1, 1, h, w, 1)
+            y = torch.arange(h, device=raw.device, dtype=xy.dtype).view(1, 1, h, 1, 1).expand(1, 1, h, w, 1)
+            xy = (xy * 2 - 0.5 + torch.cat((x, y), -1)) * stride
+            wh = (wh * 2) ** 2 * (anchors.to(xy.dtype) * stride).view(1, na, 1, 1, 2)
+            parts.append(torch.cat((xy, wh, scores), -1).reshape(b, na * h * w, outputs))
+        return torch.cat(parts, 1)

@@ -1,0 +1,177 @@
+"""Weights in and out of models: what a checkpoint says about a network, loading it, and partial transfer.
+
+A checkpoint's model part is a plain dictionary (`pack_model`); the network is rebuilt from the configuration inside.
+Files of other projects go through `models.importer`, which never executes anything from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models import build_model
+from models.heads import Detect
+from models.yolo import DetectionModel
+from utils.core.checkpoint import is_native, load_checkpoint
+from utils.core.errors import UserError
+
+FORMAT = "yolov5-spd"
+VERSION = 1
+BOX_OUTPUTS = 5  # x, y, w, h, objectness: what a head keeps when its classes change
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network in float32 and eval mode, its class names, and what its file says (task, imgsz, licence, ...)."""
+
+    model: nn.Module
+    names: list[str]
+    meta: dict[str, Any]
+
+
+def pack_model(model: nn.Module, names: Sequence[str], imgsz: int, **meta: Any) -> dict[str, Any]:
+    """The model part of a checkpoint: configuration, names, image size, further facts as `meta`, and the tensors."""
+    nc = int(model.nc)  # type: ignore[arg-type]
+    if len(names) != nc:
+        raise UserError(f"{len(names)} class names for a model of {nc} classes; give one name for each class")
+    facts = {"task": model.task, "imgsz": imgsz, "strides": list(getattr(model, "strides", [])), **meta}
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "task": model.task,
+        "model_cfg": model.cfg,
+        "names": [str(name) for name in names],
+        "imgsz": imgsz,
+        "meta": facts,
+        "state": {key: tensor.detach().cpu().clone() for key, tensor in model.state_dict().items()},
+    }
+
+
+def unpack_model(data: Mapping[str, Any], source: str | Path) -> LoadedModel:
+    """The inverse of `pack_model`; `data` may hold more keys (a training checkpoint)."""
+    absent = [key for key in ("version", "model_cfg", "names", "state") if key not in data]
+    if data.get("format") != FORMAT or absent:
+        raise UserError(
+            f"'{source}' is no model checkpoint of this project (it lacks {', '.join(absent) or 'the format mark'});"
+            " expected a file written by train.py or convert.py"
+        )
+    if data["version"] > VERSION:
+        raise UserError(
+            f"'{source}' has format version {data['version']}; expected at most {VERSION}; update this program"
+        )
+    facts = {"task": data.get("task"), "imgsz": data.get("imgsz"), **data.get("meta", {})}
+    return _rebuild(data["model_cfg"], data["state"], data["names"], facts, source)
+
+
+def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> LoadedModel:
+    """A network from a .pt or .safetensors file of this project, or from a checkpoint of YOLOv5 or the SPD authors."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"weights '{path}' not found in {Path.cwd()}; give a file, no weights come with the project")
+    if is_native(path):
+        loaded = unpack_model(load_checkpoint(path), path)
+    else:
+        from models.importer import import_legacy
+
+        cfg, state, names, meta = import_legacy(path)
+        loaded = _rebuild(cfg, state, names, meta, path)
+    loaded.model.to(device)
+    return loaded
+
+
+def _rebuild(
+    cfg: dict[str, Any], state: Mapping[str, Tensor], names: Sequence[str], facts: dict[str, Any], source: str | Path
+) -> LoadedModel:
+    model = build_model(cfg)
+    wrong = _differences(model.state_dict(), state)
+    if wrong:
+        raise UserError(f"'{source}': its tensors do not fit its model configuration: {'; '.join(wrong[:3])}")
+    model.load_state_dict(state)
+    if isinstance(model, DetectionModel):
+        model.cfg = {**model.cfg, "anchors": model.anchors.flatten(1).tolist()}
+    if len(names) != model.nc:
+        raise UserError(f"'{source}' names {len(names)} classes but its model has {model.nc}")
+    facts = {**facts, "task": model.task, "strides": list(getattr(model, "strides", []))}
+    return LoadedModel(model.float().eval(), [str(name) for name in names], facts)
+
+
+def _differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    wrong = [f"{key} is missing" for key in own if key not in given]
+    wrong += [f"{key} is unknown" for key in given if key not in own]
+    wrong += [
+        f"{key} has shape {list(given[key].shape)}, expected {list(own[key].shape)}"
+        for key in own
+        if key in given and given[key].shape != own[key].shape
+    ]
+    return wrong
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What `transfer` did, by tensor name. `partial`: box and objectness outputs of a head whose classes differ."""
+
+    loaded: tuple[str, ...]
+    partial: tuple[str, ...]
+    mismatched: tuple[str, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    def __str__(self) -> str:
+        total = len(self.loaded) + len(self.partial) + len(self.mismatched) + len(self.missing)
+        text = f"transferred {len(self.loaded)} of {total} tensors"
+        for count, what in (
+            (len(self.partial), "in part (box and objectness outputs of the head)"),
+            (len(self.mismatched), "not for their shape"),
+            (len(self.missing), "not in the source"),
+            (len(self.unused), "of the source unused"),
+        ):
+            if count:
+                text += f", {count} {what}"
+        return text
+
+
+def transfer(model: nn.Module, state: Mapping[str, Tensor]) -> Transfer:
+    """Copy from `state` what fits `model` by name and shape. Anchors stay the model's own.
+
+    Where only the class count of a Detect head differs, its box and objectness outputs are copied.
+    """
+    own = {key: tensor for key, tensor in model.state_dict().items() if not _is_anchors(key)}
+    given = {key: tensor for key, tensor in state.items() if not _is_anchors(key)}
+    heads = {f"{name}.": m for name, m in model.named_modules() if isinstance(m, Detect)}
+    loaded, partial, mismatched = [], [], []
+    with torch.no_grad():
+        for key in own.keys() & given.keys():
+            target, source = own[key], given[key].to(own[key].device)
+            if target.shape == source.shape:
+                target.copy_(source)
+                loaded.append(key)
+                continue
+            head = next((m for prefix, m in heads.items() if key.startswith(prefix)), None)
+            (partial if head is not None and _copy_boxes(target, source, head) else mismatched).append(key)
+    order = list(own)
+    return Transfer(
+        loaded=tuple(sorted(loaded, key=order.index)),
+        partial=tuple(sorted(partial, key=order.index)),
+        mismatched=tuple(sorted(mismatched, key=order.index)),
+        missing=tuple(key for key in own if key not in given),
+        unused=tuple(key for key in given if key not in own),
+    )
+
+
+def _is_anchors(key: str) -> bool:
+    return key.endswith((".anchors", ".anchor_grid"))
+
+
+def _copy_boxes(target: Tensor, source: Tensor, head: Detect) -> bool:
+    """Copy the first outputs of each anchor, where the two tensors differ only in their number of classes."""
+    per_cell = head.per_cell
+    if target.shape[1:] != source.shape[1:] or source.shape[0] % per_cell or source.shape[0] // per_cell <= BOX_OUTPUTS:
+        return False
+    to = target.view(per_cell, -1, *target.shape[1:])
+    to[:, :BOX_OUTPUTS] = source.view(per_cell, -1, *source.shape[1:])[:, :BOX_OUTPUTS].to(target.dtype)
+    return True

@@ -1,0 +1,32 @@
+"""Orders: which image stands at which position of an epoch, as pure functions; batches of similar shape."""
+
+import numpy as np
+
+from utils.data.augment import generator
+
+ORDER, SAMPLE = 0, 1  # streams of randomness under one seed
+
+
+def epoch_order(n: int, seed: int, epoch: int, weights: np.ndarray | None = None) -> np.ndarray:
+    """Indices int64 [n] of one epoch: a permutation, or with `weights` [n] draws with replacement in proportion."""
+    rng = generator(seed, ORDER, epoch)
+    if weights is None:
+        return rng.permutation(n)
+    weights = np.asarray(weights, np.float64)
+    assert weights.shape == (n,) and weights.sum() > 0, "one weight an image, not all zero"
+    return rng.choice(n, n, p=weights / weights.sum())
+
+
+def aspect_order(shapes: np.ndarray) -> np.ndarray:
+    """Indices [n] by height / width of shapes (h, w) [n, 2], ties in the given order."""
+    return np.argsort(shapes[:, 0] / shapes[:, 1], kind="stable")
+
+
+def batch_shape(shapes: np.ndarray, imgsz: int, stride: int, pad: float) -> tuple[int, int]:
+    """The smallest (height, width), multiples of `stride`, that holds images of these shapes [b, 2] resized to a long
+    side of `imgsz`; `pad` is in strides (YOLOv5 validates with half a stride)."""
+    ratios = shapes / shapes.max(1, keepdims=True)
+    height, width = ratios.max(0) if len(ratios) else (1.0, 1.0)
+    if height == width == 1.0 and len(ratios) == 0:
+        return imgsz, imgsz
+    return tuple(int(np.ceil(side * imgsz / stride + pad)) * stride for side in (height, width))  # type: ignore

@@ -1,0 +1,111 @@
+"""What is wrong with a data set, counted and named: one `Problem` per file and kind, gathered in a `Report`."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+
+from utils.core.errors import UserError
+
+LEFT_OUT, DROPPED, CLIPPED, USED = "image left out", "box dropped", "box clipped", "used as it is"
+REMOVED = "counted once"
+
+KINDS = {
+    "image-missing": "image not found",
+    "image-unreadable": "unreadable image",
+    "image-truncated": "image file ends too early",
+    "image-suffix": "image under a suffix that is no image's",
+    "image-misnamed": "image of another format than its suffix says",
+    "image-repeated": "image listed more than once",
+    "image-tiny": "image under 10 px",
+    "folder-repeated": "link to a folder that is read already",
+    "folder-unreadable": "unreadable folder",
+    "label-unreadable": "unreadable label file",
+    "label-shared": "label file shared by several images",
+    "label-format": "malformed label",
+    "label-class": "class number out of range",
+    "box-overhang": "box slightly over the image's edge",
+    "box-outside": "box outside the image",
+    "box-empty": "box without area",
+    "box-repeated": "same box twice",
+    "coco-record": "malformed record in a COCO file",
+    "coco-repeated": "id or file name used twice in a COCO file",
+    "coco-reference": "annotation of an unknown image or category",
+    "coco-size": "image of another size than its COCO record",
+    "coco-rotated": "COCO record made before EXIF rotation",
+    "voc-class": "class that is not among the names",
+}
+KEPT = 20_000  # problems kept with their file names; all are counted
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One kind of trouble in one file: the first line it shows at (0: none) and how often."""
+
+    kind: str
+    file: str
+    action: str
+    detail: str
+    line: int = 0
+    count: int = 1
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line}" if self.line else self.file
+        more = f" (and {self.count - 1} more in this file)" if self.count > 1 else ""
+        return f"{where} {self.detail}{more}: {self.action}"
+
+
+@dataclass
+class Report:
+    """Counts of one split, what was done to what, and the problems by file."""
+
+    images: int = 0  # found or listed
+    used: int = 0
+    labeled: int = 0  # used images with at least one box
+    without_file: int = 0  # used images without a label file or entry: background
+    boxes: int = 0  # without crowd regions
+    crowds: int = 0
+    counts: dict[str, int] = field(default_factory=dict)  # kind -> occurrences
+    actions: dict[str, int] = field(default_factory=dict)  # action -> occurrences
+    problems: list[Problem] = field(default_factory=list)  # at most KEPT
+
+    def add(self, problems: Iterable[Problem]) -> None:
+        """Count problems, and keep the first KEPT."""
+        for problem in problems:
+            self.counts[problem.kind] = self.counts.get(problem.kind, 0) + problem.count
+            self.actions[problem.action] = self.actions.get(problem.action, 0) + problem.count
+            if len(self.problems) < KEPT:
+                self.problems.append(problem)
+
+    def of(self, kind: str) -> list[Problem]:
+        """The kept problems of one kind."""
+        return [problem for problem in self.problems if problem.kind == kind]
+
+    def lines(self, examples: int = 1) -> list[str]:
+        """The summary: a line of counts, then a line per kind of problem with `examples` of it."""
+        background = self.used - self.labeled
+        text = f"{self.used:,} images ({background:,} without a box), {self.boxes:,} boxes"
+        if self.crowds:
+            text += f", {self.crowds:,} crowd regions"
+        lines = [text]
+        for kind, count in sorted(self.counts.items(), key=lambda item: -item[1]):
+            shown = self.of(kind)[:examples]
+            lines += [f"  {count:,} x {KINDS[kind]}, e.g. {shown[0]}" if shown else f"  {count:,} x {KINDS[kind]}"]
+            lines += [f"      {problem}" for problem in shown[1:]]
+        return lines
+
+    def to_json(self) -> str:
+        """As JSON text (see `from_json`)."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        """The inverse of `to_json`."""
+        data = json.loads(text)
+        return cls(**{**data, "problems": [Problem(**problem) for problem in data["problems"]]})
+
+
+def refuse(problems: list[Problem], total: int, expected: str) -> UserError:
+    """The one-line error for problems that stop a run: the first ten places, and how many there are."""
+    shown = "; ".join(f"{p.file}:{p.line} {p.detail}" if p.line else f"{p.file} {p.detail}" for p in problems[:10])
+    rest = total - sum(problem.count for problem in problems[:10])
+    return UserError(f"{shown}{f'; and {rest:,} more' if rest > 0 else ''}; {expected}")

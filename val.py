@@ -1,0 +1,303 @@
+"""Measure a detector (or a classifier) on a data set, or existing predictions against an annotation file.
+
+python val.py --weights runs/train/exp/weights/best.pt --data data/demo.yaml
+python val.py --predictions results.json --annotations instances.json
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from models.backends import load_predictor
+from utils.core.config import config_dict, config_from_kwargs, option, parse_config, run_cli
+from utils.core.device import describe
+from utils.core.dist import Dist
+from utils.core.errors import UserError
+from utils.core.files import increment_path
+from utils.core.log import LOGGER, quiet
+from utils.data.frames import unique_names
+from utils.data.index import LabelIndex, build_index
+from utils.data.labels import POLICIES
+from utils.data.spec import DataSpec, load_data
+from utils.engine.coco_eval import MetricSettings, coco_metrics
+from utils.engine.coco_files import coco_annotations, coco_results, found_from_coco, ids_from_names, truth_from_coco
+from utils.engine.evaluation import EvalPlan, check_classes, evaluate, iterate_images, predict_settings
+from utils.engine.pictures import BatchPictures
+from utils.engine.predict import Detector, combine
+from utils.engine.report import MANY_CLASSES, speed_line, table, write_json, write_report, write_rows
+from utils.engine.studies import latency, latency_table, study_line, study_row, write_study
+from utils.engine.validate import EvalResult, ValSettings
+from utils.ops.metrics import confusion_matrix
+
+TASKS = ("val", "test", "train", "speed", "study")
+RETIRED = {
+    "--save-hybrid": "use --save-txt; the labels are in the data set already, and mixing them in inflates AP",
+    "--dnn": "ONNX files run on ONNX Runtime; just give the .onnx file to --weights",
+}
+
+
+@dataclass(frozen=True)
+class ValConfig:
+    """Options of val.py; names and defaults as YOLOv5 users know them."""
+
+    data: str = option("data/demo.yaml", "data YAML")
+    weights: list[str] = option([], "model file(s): .pt, .onnx, ...; several are an ensemble", nargs="+")
+    batch_size: int = option(32, "images (or slices) at a time", aliases=("batch",))
+    imgsz: list[int] = option(
+        [], "network size: one number, or height and width; default: what the model was trained for",
+        aliases=("img", "img_size"), nargs="+",
+    )  # fmt: skip
+    conf_thres: float = option(0.001, "smallest confidence", aliases=("conf",))
+    iou_thres: float = option(0.6, "NMS IoU", aliases=("iou",))
+    max_det: int = option(300, "most detections per image")
+    task: str = option("val", "split to measure on, or speed (latency) or study (AP over image sizes)", choices=TASKS)
+    device: str = option("", "cpu, mps, or a GPU number")
+    workers: int = option(8, "loader processes per rank; 0 loads in the main process")
+    single_cls: bool = option(False, "treat all classes as one")
+    augment: bool = option(False, "test-time augmentation: three sizes, one mirrored")
+    verbose: bool = option(False, f"a row per class also with {MANY_CLASSES} classes and more")
+    save_txt: bool = option(False, "write labels/*.txt, normalized")
+    save_conf: bool = option(False, "add the confidence to --save-txt")
+    save_json: bool = option(False, "write predictions.json in COCO's result format")
+    predictions: str = option("", "measure this file in COCO's result format instead of a model")
+    annotations: str = option("", "COCO annotation file for --predictions")
+    project: str = option("runs/val", "folder of the runs")
+    name: str = option("exp", "name of this run's folder")
+    exist_ok: bool = option(False, "use an existing run folder instead of a new one")
+    half: bool = option(False, "16-bit floats where the runtime has them")
+    rect: bool = option(True, "batches of similar shape with little padding, where the model takes any shape")
+    policy: str = option("clip", "what to do with bad labels", choices=POLICIES, aliases=("label_policy",))
+    rebuild_cache: bool = option(False, "read all labels again")
+    iou_thrs: list[float] = option([], "IoU thresholds of AP; default 0.5 to 0.95 in steps of 0.05", nargs="+")
+    max_dets: list[int] = option([1, 10, 100], "detections per image and class that AP and AR count", nargs="+")
+    area_bins: list[float] = option([32.0, 96.0], "sides in pixels that part small, medium and large", nargs="+")
+    area_from: str = option(
+        "annotation", "object size: the annotation's area, or the box", choices=("annotation", "box")
+    )
+    area_pixels: str = option(
+        "source", "sizes in pixels of the image file, or of the network", choices=("source", "network")
+    )
+    slice: int = option(0, "cut images into tiles of this many pixels (0: do not)")
+    overlap: float = option(0.2, "share of a tile that its neighbor sees too")
+    agnostic_nms: bool = option(False, "suppress overlaps across classes")
+    sizes: list[int] = option(list(range(256, 1537, 128)), "image sizes of --task study", nargs="+")
+    runs: int = option(100, "timed runs of --task speed")
+    noplots: bool = option(False, "write numbers only, no pictures")
+
+
+@dataclass(frozen=True)
+class ValReport:
+    """What a validation says and where it lies. `metrics` is what metrics.json holds, NaN where undefined."""
+
+    save_dir: Path
+    metrics: dict[str, Any]
+    speed_ms: dict[str, float] = field(default_factory=dict)
+    result: EvalResult | None = None
+
+
+def metric_settings(cfg: ValConfig) -> MetricSettings:
+    """How the numbers are computed."""
+    chosen: dict[str, Any] = {"iou_thrs": tuple(cfg.iou_thrs)} if cfg.iou_thrs else {}
+    return MetricSettings(
+        max_dets=tuple(cfg.max_dets),
+        area_bins=tuple(cfg.area_bins),
+        area_from=cfg.area_from,
+        area_pixels=cfg.area_pixels,
+        **chosen,
+    )
+
+
+def val_settings(cfg: ValConfig) -> ValSettings:
+    """What counts as a detection."""
+    return ValSettings(
+        conf_thres=cfg.conf_thres,
+        iou_thres=cfg.iou_thres,
+        max_det=cfg.max_det,
+        agnostic=cfg.agnostic_nms,
+        single_cls=cfg.single_cls,
+        metrics=metric_settings(cfg),
+    )
+
+
+def measure_predictions(cfg: ValConfig) -> ValReport:
+    """--predictions and --annotations: no model, no images."""
+    if not cfg.annotations:
+        raise UserError("--predictions needs the ground truth: add --annotations INSTANCES.json")
+    settings = metric_settings(cfg)
+    if settings.area_pixels == "network":
+        raise UserError("--area-pixels network needs a model; with --predictions use source")
+    truth = truth_from_coco(cfg.annotations, area_from=cfg.area_from)
+    found = found_from_coco(cfg.predictions, truth)
+    metrics, curves = coco_metrics(truth, found, settings)
+    defaults = ValSettings()
+    confusion = confusion_matrix(
+        truth.objects, found, truth.nc, confidence=defaults.confusion_conf, iou=defaults.confusion_iou
+    )
+    result = EvalResult(metrics, {}, {}, (), found.as_rows(), curves, confusion, truth)
+    folder = increment_path(cfg.project, cfg.name, cfg.exist_ok)
+    used = {"predictions": cfg.predictions, "annotations": cfg.annotations, **settings.as_dict()}
+    used |= {"confusion_conf": defaults.confusion_conf, "confusion_iou": defaults.confusion_iou}
+    write_report(folder, result, used, truth.names, figures=not cfg.noplots)
+    LOGGER.info(table(metrics, per_class=cfg.verbose or truth.nc < MANY_CLASSES))
+    LOGGER.info(f"Results saved to {folder}")
+    return ValReport(folder, metrics, {}, result)
+
+
+def load_models(cfg: ValConfig, spec: DataSpec, dist: Dist) -> list[Any]:
+    """The model files as predictors."""
+    if not cfg.weights:
+        raise UserError("no --weights given; train.py writes runs/train/exp/weights/best.pt (no weights are shipped)")
+    size = cfg.imgsz or None
+    return [load_predictor(w, device=dist.device, half=cfg.half, names=spec.names, imgsz=size) for w in cfg.weights]
+
+
+def plan_for(cfg: ValConfig, predictor: Any) -> EvalPlan:
+    """How the images are put before this model."""
+    size = cfg.imgsz or list(predictor.imgsz or predictor.metadata.imgsz)
+    if len(size) > 2:
+        raise UserError(f"--imgsz {' '.join(map(str, size))}; expected one number, or height and width")
+    return EvalPlan((size[0], size[-1]), cfg.batch_size, cfg.workers, cfg.rect, cfg.slice, cfg.overlap)
+
+
+def read_labels(cfg: ValConfig, spec: DataSpec, dist: Dist, split: str) -> LabelIndex:
+    """The labels of a split, read once."""
+    return dist.main_first(
+        lambda: build_index(spec, split, policy=cfg.policy, single_cls=cfg.single_cls, rebuild=cfg.rebuild_cache)
+    )
+
+
+def measure(cfg: ValConfig, dist: Dist) -> ValReport:
+    """--task val, test or train."""
+    spec = load_data(cfg.data)
+    predictors = load_models(cfg, spec, dist)
+    if predictors[0].task == "classify":
+        return measure_classifier(cfg, spec, predictors[0], dist)
+    index = read_labels(cfg, spec, dist, cfg.task)
+    labeled = bool(len(index.cls))
+    if not labeled and not (cfg.save_json or cfg.save_txt):
+        raise UserError(
+            f"{spec.yaml}: the {len(index)} images of '{cfg.task}:' have no labels, so nothing can be measured; "
+            "add --save-json or --save-txt to write predictions"
+        )
+    check_classes(predictors[0], spec.names, spec.yaml.name, cfg.single_cls)
+    plan, settings = plan_for(cfg, predictors[0]), val_settings(cfg)
+    predictor = combine(predictors, augment=cfg.augment)
+    folder = Path(dist.broadcast(str(increment_path(cfg.project, cfg.name, cfg.exist_ok)) if dist.is_main else ""))
+    names = list(index.names)
+    pictures = None if cfg.noplots else BatchPictures(folder, names)
+    result = evaluate(predictor, index, names, plan, settings, dist, on_batch=pictures, labeled=labeled)
+    if dist.is_main:
+        used = {**describe_run(cfg, plan, dist), **settings.as_dict()}
+        write_report(folder, result, used, names, figures=not cfg.noplots)
+        save_predictions(cfg, folder, result, index, bool(spec.annotations.get(cfg.task)) and spec.format == "coco")
+        if labeled:
+            LOGGER.info(table(result.metrics, per_class=cfg.verbose or len(names) < MANY_CLASSES))
+        LOGGER.info(speed_line(result.speed_ms, result.shape))
+        LOGGER.info(f"Results saved to {folder}")
+    return ValReport(folder, result.metrics, result.speed_ms, result)
+
+
+def describe_run(cfg: ValConfig, plan: EvalPlan, dist: Dist) -> dict[str, Any]:
+    """What else decides the numbers, for metrics.json."""
+    keys = ("data", "weights", "task", "augment", "half", "policy")
+    used = {key: value for key, value in config_dict(cfg).items() if key in keys}
+    sliced = {"slice": plan.slice_size, "overlap": plan.overlap} if plan.slice_size else {}
+    shape = {"imgsz": list(plan.imgsz), "rect": plan.rect, "batch_size": plan.batch_size, **sliced}
+    return {**used, **shape, "device": describe(dist.device)}
+
+
+def save_predictions(cfg: ValConfig, folder: Path, result: EvalResult, index: LabelIndex, own_ids: bool) -> None:
+    """--save-json and --save-txt. Without an annotation file the predictions get one of the same ids beside them."""
+    assert result.truth is not None
+    files = [index.file(i) for i in range(len(index))]
+    if cfg.save_json:
+        truth = result.truth
+        if not own_ids:
+            truth = replace(truth, image_ids=ids_from_names([file.stem for file in files]))
+            write_json(folder / "annotations.json", coco_annotations(truth, [file.name for file in files]))
+        write_json(folder / "predictions.json", coco_results(result.detections, truth))
+    if cfg.save_txt:
+        stems = unique_names([file.stem for file in files])
+        write_rows(folder / "labels", result.detections, stems, index.shapes, with_conf=cfg.save_conf)
+
+
+def measure_classifier(cfg: ValConfig, spec: DataSpec, predictor: Any, dist: Dist) -> ValReport:
+    """Top-1 and top-5 accuracy of an image classifier."""
+    from utils.engine.tasks.classify import validate_classifier
+
+    raise NotImplementedError(validate_classifier)
+
+
+def measure_speed(cfg: ValConfig, dist: Dist) -> ValReport:
+    """--task speed: single images, square, at detect.py's thresholds."""
+    spec = load_data(cfg.data)
+    predictors = load_models(cfg, spec, dist)
+    plan = replace(plan_for(cfg, predictors[0]), batch_size=cfg.batch_size if cfg.slice else 1, rect=False)
+    settings = ValSettings(conf_thres=0.25, iou_thres=0.45, max_det=cfg.max_det, multi_label=False)
+    index = read_labels(cfg, spec, dist, "val")
+    images = list(iterate_images(index, min(cfg.runs, 100)))
+    detector = Detector(combine(predictors, augment=cfg.augment), predict_settings(plan, settings))
+    result = latency(detector, images, runs=cfg.runs)
+    folder = increment_path(cfg.project, cfg.name, cfg.exist_ok)
+    write_json(folder / "speed.json", {**result, "settings": {**describe_run(cfg, plan, dist), **settings.as_dict()}})
+    LOGGER.info(f"{describe(dist.device)}\n{latency_table(result)}\nResults saved to {folder}")
+    return ValReport(folder, {}, {stage: result[stage]["mean"] for stage in ("pre-process", "inference", "NMS")})
+
+
+def measure_study(cfg: ValConfig, dist: Dist) -> ValReport:
+    """--task study: every model on its own, at all sizes."""
+    spec = load_data(cfg.data)
+    predictors = load_models(cfg, spec, dist)
+    index = read_labels(cfg, spec, dist, "val")
+    settings = val_settings(cfg)
+    labels = unique_names([Path(w).stem for w in cfg.weights])
+    if len({Path(w).stem for w in cfg.weights}) < len(labels):
+        labels = [str(w) for w in cfg.weights]
+    rows: list[dict[str, Any]] = []
+    for label, predictor in zip(labels, predictors, strict=True):
+        check_classes(predictor, spec.names, spec.yaml.name, cfg.single_cls)
+        if predictor.imgsz is not None:
+            raise UserError(f"{label} was exported for one size; --task study needs a model that takes any")
+        stride, model = max(predictor.strides), combine([predictor], augment=cfg.augment)
+        for size in sorted({max(-(-s // stride), 1) * stride for s in cfg.sizes}):
+            plan = replace(plan_for(cfg, predictor), imgsz=(size, size))
+            result = evaluate(model, index, list(index.names), plan, settings, dist, title=f"{label} at {size}")
+            rows.append(study_row(label, size, result.metrics, result.speed_ms))
+            LOGGER.info(study_line(rows[-1]))
+    folder = Path(cfg.project)
+    if dist.is_main:
+        folder = increment_path(cfg.project, cfg.name, cfg.exist_ok)
+        write_study(rows, folder)
+        write_json(folder / "study.json", {"rows": rows, "settings": {**settings.as_dict(), "data": cfg.data}})
+        LOGGER.info(f"Results saved to {folder}")
+    return ValReport(folder, {"study": rows})
+
+
+def validate_with(cfg: ValConfig) -> ValReport:
+    """Whatever the options ask for."""
+    if cfg.predictions or cfg.annotations:
+        if not cfg.predictions:
+            raise UserError("--annotations goes with --predictions RESULTS.json; with a model, use --data")
+        return measure_predictions(cfg)
+    dist = Dist.start(cfg.device)
+    quiet(dist.is_main)
+    try:
+        return {"speed": measure_speed, "study": measure_study}.get(cfg.task, measure)(cfg, dist)
+    finally:
+        dist.stop()
+
+
+def run(**kwargs: Any) -> ValReport:
+    """Validate from Python: the keywords are the flags, `val.run(weights="best.pt", data="data/demo.yaml")`."""
+    return validate_with(config_from_kwargs(ValConfig, **kwargs))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; an error ends with a non-zero exit code."""
+    validate_with(parse_config(ValConfig, argv, "val.py", __doc__ or "", RETIRED))
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
