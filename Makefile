@@ -26,7 +26,7 @@ $(UV):
 	$(PY) -m pip install --quiet 'uv>=0.5'
 
 $(STAMP): requirements.lock | $(UV)
-	VIRTUAL_ENV=$(abspath $(VENV)) $(UV) pip install --no-deps --require-hashes -r requirements.lock
+	VIRTUAL_ENV=$(abspath $(VENV)) $(UV) pip install --compile-bytecode --no-deps --require-hashes -r requirements.lock
 	@touch $@
 
 demo: $(STAMP)
@@ -51,7 +51,7 @@ bench: $(STAMP)
 	@for file in benchmarks/*.py; do echo "== $$file"; $(PY) $$file || exit 1; done
 
 results: $(STAMP)
-	$(PY) experiments/report.py
+	$(PY) -m experiments.report
 
 lock: | $(UV)
 	UV_CUSTOM_COMPILE_COMMAND='make lock' $(UV) pip compile requirements-dev.txt --excludes requirements-exclude.txt \

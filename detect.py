@@ -106,7 +106,7 @@ def detect(cfg: DetectConfig) -> DetectReport:
     writers = make_writers(cfg, save_dir, detector.names)
     view = ViewWriter(Style(cfg.line_thickness, cfg.hide_labels, cfg.hide_conf)) if cfg.view_img else None
     boxes = 0
-    behind = Behind(lambda item: write_all(writers, save_dir, *item))
+    behind: Behind[tuple[Frame, Detections]] = Behind(lambda item: write_all(writers, save_dir, *item))
     try:
         for frame, detections, ms in results(source, detector, tracking, cfg.batch_size):
             boxes += len(detections)

@@ -136,9 +136,7 @@ def load(weights: str | Path, device: str = "", half: bool = False, imgsz: int |
     return Model(load_predictor(weights, device=select_device(device), half=half, imgsz=imgsz))
 
 
-def custom(
-    path: str | Path, autoshape: bool = True, _verbose: bool = True, device: str | None = None
-) -> Any:
+def custom(path: str | Path, autoshape: bool = True, _verbose: bool = True, device: str | None = None) -> Any:
     """`load` under YOLOv5's name; without `autoshape` the bare predictor from tensors to raw predictions."""
     model = load(path, device or "")
     return model if autoshape else model.predictor

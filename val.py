@@ -11,7 +11,7 @@ from typing import Any
 
 from models.backends import load_predictor
 from utils.core.config import config_dict, config_from_kwargs, option, parse_config, run_cli
-from utils.core.device import describe
+from utils.core.device import describe, loader_workers
 from utils.core.dist import Dist
 from utils.core.errors import UserError
 from utils.core.files import increment_path
@@ -20,6 +20,7 @@ from utils.data.frames import unique_names
 from utils.data.index import LabelIndex, build_index
 from utils.data.labels import POLICIES
 from utils.data.spec import DataSpec, load_data
+from utils.engine.classification import class_table, speed_of, validate_classifier, write_class_report
 from utils.engine.coco_eval import MetricSettings, coco_metrics
 from utils.engine.coco_files import coco_annotations, coco_results, found_from_coco, ids_from_names, truth_from_coco
 from utils.engine.evaluation import EvalPlan, check_classes, evaluate, iterate_images, predict_settings
@@ -149,7 +150,13 @@ def load_models(cfg: ValConfig, spec: DataSpec, dist: Dist) -> list[Any]:
     if not cfg.weights:
         raise UserError("no --weights given; train.py writes runs/train/exp/weights/best.pt (no weights are shipped)")
     size = cfg.imgsz or None
-    return [load_predictor(w, device=dist.device, half=cfg.half, names=spec.names, imgsz=size) for w in cfg.weights]
+    found = [load_predictor(w, device=dist.device, half=cfg.half, names=spec.names, imgsz=size) for w in cfg.weights]
+    if found[0].task != "detect" and (len(found) > 1 or cfg.task in ("speed", "study") or cfg.slice or cfg.augment):
+        raise UserError(
+            "the model is a classifier: val.py measures one at a time, with --task val, test or train and "
+            "without --slice and --augment"
+        )
+    return found
 
 
 def plan_for(cfg: ValConfig, predictor: Any) -> EvalPlan:
@@ -183,7 +190,7 @@ def measure(cfg: ValConfig, dist: Dist) -> ValReport:
     check_classes(predictors[0], spec.names, spec.yaml.name, cfg.single_cls)
     plan, settings = plan_for(cfg, predictors[0]), val_settings(cfg)
     predictor = combine(predictors, augment=cfg.augment)
-    folder = Path(dist.broadcast(str(increment_path(cfg.project, cfg.name, cfg.exist_ok)) if dist.is_main else ""))
+    folder = new_folder(cfg, dist)
     names = list(index.names)
     pictures = None if cfg.noplots else BatchPictures(folder, names)
     result = evaluate(predictor, index, names, plan, settings, dist, on_batch=pictures, labeled=labeled)
@@ -196,6 +203,11 @@ def measure(cfg: ValConfig, dist: Dist) -> ValReport:
         LOGGER.info(speed_line(result.speed_ms, result.shape))
         LOGGER.info(f"Results saved to {folder}")
     return ValReport(folder, result.metrics, result.speed_ms, result)
+
+
+def new_folder(cfg: ValConfig, dist: Dist) -> Path:
+    """The run folder, made once and the same on all ranks."""
+    return Path(dist.broadcast(str(increment_path(cfg.project, cfg.name, cfg.exist_ok)) if dist.is_main else ""))
 
 
 def describe_run(cfg: ValConfig, plan: EvalPlan, dist: Dist) -> dict[str, Any]:
@@ -224,9 +236,19 @@ def save_predictions(cfg: ValConfig, folder: Path, result: EvalResult, index: La
 
 def measure_classifier(cfg: ValConfig, spec: DataSpec, predictor: Any, dist: Dist) -> ValReport:
     """Top-1 and top-5 accuracy of an image classifier."""
-    from utils.engine.tasks.classify import validate_classifier
-
-    raise NotImplementedError(validate_classifier)
+    size = plan_for(cfg, predictor).imgsz[0]
+    workers = loader_workers(cfg.workers, cfg.batch_size)
+    result, index = validate_classifier(
+        predictor, spec, dist, split=cfg.task, imgsz=size, batch_size=cfg.batch_size, workers=workers
+    )
+    folder = new_folder(cfg, dist)
+    if dist.is_main:
+        used = {"data": cfg.data, "weights": list(cfg.weights), "task": cfg.task, "imgsz": size}
+        write_class_report(folder, result, index, used, figures=not cfg.noplots)
+        LOGGER.info(class_table(result, per_class=cfg.verbose or len(index.names) < MANY_CLASSES))
+        LOGGER.info(speed_of(result))
+        LOGGER.info(f"Results saved to {folder}")
+    return ValReport(folder, result.metrics)
 
 
 def measure_speed(cfg: ValConfig, dist: Dist) -> ValReport:

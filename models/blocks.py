@@ -40,6 +40,9 @@ class Conv(nn.Module):
     as `act`, where release 6.0 had it.
     """
 
+    folds = (("conv", "bn"),)
+    entries = ("conv",)
+
     def __init__(
         self,
         c_in: int,
@@ -91,6 +94,8 @@ class DWConvTranspose2d(nn.ConvTranspose2d):
 class Bottleneck(nn.Module):
     """1x1 then 3x3 convolution, added to the input where `shortcut` and the widths allow."""
 
+    entries = ("cv1.conv",)
+
     def __init__(self, c_in: int, c_out: int, shortcut: bool = True, g: int = 1, e: float = 0.5) -> None:
         super().__init__()
         hidden = int(c_out * e)
@@ -106,6 +111,8 @@ class Bottleneck(nn.Module):
 @layer()
 class CrossConv(nn.Module):
     """A k x k convolution as 1 x k and k x 1."""
+
+    entries = ("cv1.conv",)
 
     def __init__(
         self, c_in: int, c_out: int, k: int = 3, s: int = 1, g: int = 1, e: float = 1.0, shortcut: bool = False
@@ -124,6 +131,8 @@ class CrossConv(nn.Module):
 @layer(repeats=True)
 class BottleneckCSP(nn.Module):
     """Cross-stage-partial bottlenecks with the normalization after the concatenation (releases before 4.0)."""
+
+    entries = ("cv1.conv", "cv2")
 
     def __init__(self, c_in: int, c_out: int, n: int = 1, shortcut: bool = True, g: int = 1, e: float = 0.5) -> None:
         super().__init__()
@@ -144,6 +153,8 @@ class BottleneckCSP(nn.Module):
 @layer(repeats=True)
 class C3(nn.Module):
     """Cross-stage-partial block with three convolutions: cv3(concat(m(cv1(x)), cv2(x)))."""
+
+    entries = ("cv1.conv", "cv2.conv")
 
     def __init__(self, c_in: int, c_out: int, n: int = 1, shortcut: bool = True, g: int = 1, e: float = 0.5) -> None:
         super().__init__()
@@ -181,6 +192,8 @@ class C3Ghost(C3):
 class SPP(nn.Module):
     """Spatial pyramid pooling: the input beside its maxima over windows of several sizes."""
 
+    entries = ("cv1.conv",)
+
     def __init__(self, c_in: int, c_out: int, k: Sequence[int] = (5, 9, 13)) -> None:
         super().__init__()
         hidden = c_in // 2
@@ -196,6 +209,8 @@ class SPP(nn.Module):
 @layer()
 class SPPF(nn.Module):
     """SPP of windows k, 2k - 1, 3k - 2 by pooling three times in a row."""
+
+    entries = ("cv1.conv",)
 
     def __init__(self, c_in: int, c_out: int, k: int = 5) -> None:
         super().__init__()
@@ -214,6 +229,8 @@ class SPPF(nn.Module):
 @layer()
 class C3SPP(nn.Module):
     """C3 whose deep branch is an SPP; `n`, `shortcut` and `g` only keep the places of C3's arguments."""
+
+    entries = ("cv1.conv", "cv2.conv")
 
     def __init__(
         self,
@@ -239,6 +256,8 @@ class C3SPP(nn.Module):
 @layer()
 class GhostConv(nn.Module):
     """Half of the channels by a convolution, the other half from those by a cheap depth-wise 5x5 (GhostNet)."""
+
+    entries = ("cv1.conv",)
 
     def __init__(self, c_in: int, c_out: int, k: int = 1, s: int = 1, g: int = 1, act: bool | nn.Module = True) -> None:
         super().__init__()

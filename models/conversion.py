@@ -1,34 +1,32 @@
 """Trained weights into a new architecture: the same function in an SPD network, and what can be kept otherwise.
 
-`initialise` is what training calls. The source's rows are walked beside the target's; where the target has a stride-1
-convolution and SPD (or SPD and a convolution) in the place of a strided convolution, the weights are rewritten so that in
-eval mode the outputs stay equal. Sites where that is impossible are started as near as possible, and named.
+`initialise` is what training calls. Where the target has a stride-1 convolution and SPD (or SPD and a convolution) in
+the place of a strided convolution, the weights are rewritten so that in eval mode the outputs stay equal. Sites where
+that is impossible are started as near as possible, and named.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.blocks import Concat, Conv
-from models.graph import IMAGE, Row
-from models.heads import Detect
-from models.merge import Merge, merge_site
-from models.spd import SPD, SPDConv
-from models.stride_layers import Window, lift_kernel
+from models.convert_rows import NotConvertible, plan_rows
+from models.spd import replace_strides
 from models.weights import LoadedModel, Transfer, transfer
 from models.yolo import DetectionModel
+
+__all__ = ["Initialization", "NotConvertible", "convert_to_spd", "initialise", "replace_strides"]
 
 
 @dataclass(frozen=True)
 class Initialization:
-    """What `initialise` did. `exact` tells whether the target now computes what the source computes in eval mode.
+    """What `initialise` did; iterating gives the lines to print.
 
-    Iterating gives the lines to print.
+    `exact` tells whether the target now computes what the source computes in eval mode.
     """
 
     kind: str  # "copy", "conversion" or "transfer"
@@ -40,52 +38,91 @@ class Initialization:
         return iter(self.lines)
 
 
-class NotConvertible(Exception):
-    """The rows of the two architectures do not correspond; the message says where."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the output of a source row is in the target: its row, and for each source channel the target's channel."""
-
-    row: int
-    channels: Tensor
-    width: int
-
-    @property
-    def plain(self) -> bool:
-        """Whether the two maps have the same channels."""
-        return self.width == len(self.channels)
-
-
-@dataclass
-class Plan:
-    """Tensors for the target by name, with a line for every site and for every site that is not preserved."""
-
-    state: dict[str, Tensor] = field(default_factory=dict)
-    sites: list[str] = field(default_factory=list)
-    approximate: list[str] = field(default_factory=list)
-
-
 def initialise(model: nn.Module, loaded: LoadedModel) -> Initialization:
-    """Start `model` from `loaded`: a copy, a function-preserving conversion, or a partial transfer, and a report."""
-    source = loaded.model
-    if not (isinstance(model, DetectionModel) and isinstance(source, DetectionModel)) or _same_rows(model, source):
-        result = transfer(model, source.state_dict())
-        complete = not (result.missing or result.mismatched or result.partial or result.unused)
-        kind, lines, exact = "copy" if complete else "transfer", [str(result)], complete
-    else:
+    """Start `model` from `loaded`: a copy, a function-preserving conversion, or a partial transfer, with a report."""
+    source, lines = loaded.model, []
+    detectors = isinstance(model, DetectionModel) and isinstance(source, DetectionModel)
+    if detectors and not _same_rows(model, source):
         try:
-            converted = convert_to_spd(source.state_dict(), source.cfg, model)
-            return converted
+            return convert_to_spd(source.state_dict(), source.cfg, model)
         except NotConvertible as reason:
-            result = transfer(model, source.state_dict())
-            lines = [f"no function-preserving conversion ({reason}); {result}", *_named(result)]
-            kind, exact = "transfer", False
-    if isinstance(model, DetectionModel) and isinstance(source, DetectionModel) and kind == "copy":
-        exact = _take_anchors(model, source, lines)
-    elif kind == "transfer" and len(lines) == 1:
-        lines += _named(result)
-        if isinstance(model, DetectionModel) and isinstance(source, DetectionModel):
-            _take_anchors(model, source, lines)
-    return Initialization(kind, exact, tuple(lines), result)
+            lines.append(f"no function-preserving conversion: {reason}")
+    result = transfer(model, source.state_dict())
+    whole = _is_whole(result)
+    lines += [str(result), *_named(result)]
+    if detectors:
+        whole &= _take_anchors(model, source, lines)
+    return Initialization("copy" if whole else "transfer", whole, tuple(lines), result)
+
+
+def convert_to_spd(state: Mapping[str, Tensor], src_cfg: dict[str, Any], dst_model: DetectionModel) -> Initialization:
+    """Write the detector (`src_cfg`, `state`) into `dst_model`, of SPD's architecture, with an equal function.
+
+    Raises NotConvertible, and leaves `dst_model` as it is, where the rows do not correspond.
+    """
+    source = DetectionModel(src_cfg)
+    source.load_state_dict(state)
+    source.eval()
+    plan = plan_rows(source, dst_model)
+    result = transfer(dst_model, plan.state)
+    lines = [f"function-preserving conversion of {len(plan.sites)} sites: {'; '.join(plan.sites)}"]
+    lines += [f"not preserved, started as near as possible: {text}" for text in plan.approximate]
+    if not _is_whole(result):
+        lines += [str(result), *_named(result)]
+    exact = _take_anchors(dst_model, source, lines) and _is_whole(result) and not plan.approximate
+    if exact:
+        lines.append(_measured(source, dst_model))
+    lines.append("in training mode BatchNorm sees more positions than in the source, so training does not start equal")
+    return Initialization("conversion", exact, tuple(lines), result)
+
+
+def _is_whole(result: Transfer) -> bool:
+    return not (result.partial or result.mismatched or result.missing or result.unused)
+
+
+def _named(result: Transfer) -> list[str]:
+    """The tensors of a partial transfer that were not simply copied, by kind."""
+    lines = []
+    for names, what in (
+        (result.partial, "copied in part"),
+        (result.mismatched, "of another shape, left new"),
+        (result.missing, "not in the source, left new"),
+        (result.unused, "of the source not used"),
+    ):
+        if names:
+            more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+            lines.append(f"{what}: {', '.join(names[:6])}{more}")
+    return lines
+
+
+def _same_rows(a: DetectionModel, b: DetectionModel) -> bool:
+    """Whether the two graphs have the same layers in the same order; widths and depths may differ."""
+    own, other = ([(row.name, row.sources) for row in model.rows] for model in (a, b))
+    strides = ([m.stride for m in model.modules() if isinstance(m, nn.Conv2d)] for model in (a, b))
+    return own == other and next(strides)[:1] == next(strides)[:1]
+
+
+def _take_anchors(model: DetectionModel, source: DetectionModel, lines: list[str]) -> bool:
+    """Take the source's anchors, to which its head belongs, unless the model's come from data; True if equal now."""
+    if model.anchors.shape == source.anchors.shape and torch.allclose(model.anchors, source.anchors, rtol=1e-3):
+        return True
+    if model.anchors.shape != source.anchors.shape or model.cfg.get("anchors_from_data"):
+        lines.append("anchors: the model's own, which differ from the source's")
+        return False
+    model.set_anchors(source.anchors)
+    lines.append("anchors: the source's, which its head was trained with")
+    return True
+
+
+def _measured(source: DetectionModel, target: DetectionModel) -> str:
+    """The largest difference of the two networks' raw outputs on one image of noise."""
+    side = 2 * max(source.max_stride, target.max_stride)
+    device, training = next(target.parameters()).device, target.training
+    image = torch.rand(1, source.cfg["ch"], side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = source(image)
+        found = target.eval()(image.to(device))
+    target.train(training)
+    difference = max(float((a - b.cpu()).abs().max()) for a, b in zip(expected, found, strict=True))
+    magnitude = max(float(a.abs().max()) for a in expected)
+    return f"raw outputs differ by at most {difference:.1e} at magnitude {magnitude:.1f} (eval mode, an image of noise)"

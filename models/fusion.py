@@ -11,46 +11,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from models.attention import C3TR
-from models.blocks import (
-    C3,
-    C3SPP,
-    SPP,
-    SPPF,
-    Bottleneck,
-    BottleneckCSP,
-    C3Ghost,
-    C3x,
-    Concat,
-    Conv,
-    CrossConv,
-    DWConv,
-    GhostConv,
-)
+from models.blocks import C3, BottleneckCSP, C3SPP, Concat, Conv
 from models.graph import Row
 from models.heads import Detect
-from models.spd import SPD, Focus, Scale, SPDConv, scale_pair
+from models.spd import SPD, Scale, scale_pair
 
 Network = TypeVar("Network", bound=nn.Module)
-
-C3_FAMILY = (C3, C3x, C3Ghost, C3TR, C3SPP)
-ENTRIES: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Conv2d: ("",),
-    Conv: ("conv",),
-    DWConv: ("conv",),
-    SPP: ("cv1.conv",),
-    SPPF: ("cv1.conv",),
-    Bottleneck: ("cv1.conv",),
-    CrossConv: ("cv1.conv",),
-    GhostConv: ("cv1.conv",),
-    BottleneckCSP: ("cv1.conv", "cv2"),
-    **dict.fromkeys(C3_FAMILY, ("cv1.conv", "cv2.conv")),
-}  # the convolutions that alone read a layer's input
 
 
 class SplitConv2d(nn.Module):
@@ -87,36 +58,43 @@ def fuse(model: Network) -> Network:
     `model` (a network built from YAML rows) is not touched. What was done, and which SPD stays for what reason, is in
     the new network's `fusion_report`.
     """
-    fused = copy.deepcopy(model).eval().requires_grad_(False)
+    fused: Any = copy.deepcopy(model).eval().requires_grad_(False)
     report: list[str] = []
-    layers, rows = fused.model, list(fused.rows)  # type: ignore[attr-defined]
+    layers: nn.Sequential = fused.model
     fold_batch_norms(layers)
-    for row in rows:
-        layers[row.index] = _without_blocks(layers[row.index], f"row {row.index} {row.name}", report)
-    graph = _Graph(rows, layers, report)
+    for row in fused.rows:
+        _absorb_inside(layers[row.index], f"row {row.index} {row.name}", report)
+    graph = _Graph(fused.rows, layers, report)
     graph.fuse_spd()
     for index in range(len(layers)):
         if index not in graph.rows:
             layers[index] = nn.Identity()
-        elif type(layers[index]) in C3_FAMILY:
+        elif isinstance(layers[index], C3 | C3SPP):
             layers[index] = merge_c3(layers[index])
-    fused.rows, fused.fusion_report = list(graph.rows.values()), tuple(report)  # type: ignore[attr-defined]
+    for module in layers.modules():
+        if isinstance(module, Conv) and hasattr(module.act, "inplace"):
+            module.act.inplace = True
+    fused.rows, fused.fusion_report = list(graph.rows.values()), tuple(report)
     return fused
 
 
-def fold_batch_norms(module: nn.Module) -> None:
+def fold_batch_norms(network: nn.Module) -> None:
     """Fold every batch normalization that directly follows a convolution into it, in place; arithmetic in float64."""
-    for child in module.modules():
-        if isinstance(child, Conv) and isinstance(child.bn, nn.BatchNorm2d):
-            scale, shift = _affine(child.bn)
-            child.conv = _scaled(child.conv, scale, shift)
-            child.bn = nn.Identity()
-        elif isinstance(child, BottleneckCSP) and isinstance(child.bn, nn.BatchNorm2d):
-            scale, shift = _affine(child.bn)
-            half = child.cv3.out_channels
-            child.cv3 = _scaled(child.cv3, scale[:half], shift[:half])
-            child.cv2 = _scaled(child.cv2, scale[half:], shift[half:])
-            child.bn = nn.Identity()
+    for module in list(network.modules()):
+        pairs = list(getattr(module, "folds", ()))
+        if type(module) is nn.Sequential:
+            pairs += [(str(i), str(i + 1)) for i in range(len(module) - 1)]
+        for first, second in pairs:
+            conv, bn = module.get_submodule(first), module.get_submodule(second)
+            if type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d:
+                module.set_submodule(first, _scaled(conv, *_affine(bn)))
+                module.set_submodule(second, nn.Identity())
+        if isinstance(module, BottleneckCSP) and isinstance(module.bn, nn.BatchNorm2d):
+            scale, shift = _affine(module.bn)
+            half = module.cv3.out_channels
+            module.cv3 = _scaled(module.cv3, scale[:half], shift[:half])
+            module.cv2 = _scaled(module.cv2, scale[half:], shift[half:])
+            module.bn = nn.Identity()
 
 
 def _affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -154,7 +132,7 @@ def _conv_like(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, **geometry:
     return new.requires_grad_(False)
 
 
-def is_spd_fusible(conv: nn.Module) -> bool:
+def is_spd_fusible(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether SPD can be taken into this convolution: its groups must not cut across the blocks."""
     return type(conv) is nn.Conv2d and conv.groups == 1 and conv.padding_mode == "zeros" and conv.padding != "same"
 
@@ -189,21 +167,20 @@ def _undilated(weight: Tensor, dilation: tuple[int, ...]) -> Tensor:
     return full
 
 
-def _without_blocks(module: nn.Module, where: str, report: list[str]) -> nn.Module:
-    """Replace SPDConv and Focus blocks, at any depth, by their one strided convolution."""
-    if type(module) in (SPDConv, Focus):
-        block: SPDConv = module  # type: ignore[assignment]
-        if not is_spd_fusible(block.conv.conv):
-            report.append(f"{where}: SPD stays, the convolution behind it is grouped")
-            return module
-        block.conv.conv = absorb_spd(block.conv.conv, block.spd.scale)
-        report.append(f"{where}: one {_describe(block.conv.conv)}")
-        return block.conv
-    for name, child in module.named_children():
-        new = _without_blocks(child, where, report)
-        if new is not child:
-            module.add_module(name, new)
-    return module
+def _absorb_inside(layer: nn.Module, where: str, report: list[str]) -> None:
+    """Take the SPD inside blocks such as SPDConv and Focus, at any depth, into the convolution behind it, in place."""
+    for module in layer.modules():
+        for first, second in getattr(module, "spds", ()):
+            spd, conv = getattr(module, first), module.get_submodule(second)
+            if type(spd) is not SPD:
+                continue
+            if is_spd_fusible(conv):
+                fused = absorb_spd(conv, spd.scale)
+                module.set_submodule(second, fused)
+                module.set_submodule(first, nn.Identity())
+                report.append(f"{where}: its SPD into a {_describe(fused)}")
+            else:
+                report.append(f"{where}: its SPD stays, the convolution behind it is grouped")
 
 
 def _describe(conv: nn.Conv2d) -> str:
@@ -215,11 +192,11 @@ def _entry_names(layer: nn.Module, position: int) -> tuple[str, ...]:
     """Names of the convolutions that alone read the layer's input number `position`; none where others read it too."""
     if type(layer) is Detect:
         return (f"m.{position}",)
+    if type(layer) is nn.Conv2d:
+        return ("",)
     if type(layer) is nn.Sequential and len(layer):
         return tuple(f"0.{name}" if name else "0" for name in _entry_names(layer[0], position))
-    if getattr(layer, "add", False):
-        return ()
-    return ENTRIES.get(type(layer), ())
+    return () if getattr(layer, "add", False) else getattr(layer, "entries", ())
 
 
 class _Graph:

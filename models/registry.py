@@ -2,18 +2,25 @@
 
 A model YAML names layers; `@layer(...)` says how such a row becomes a module. A layer is added by decorating one class,
 and an unknown name is answered with the nearest known one.
+
+What deploy fusion may know of a layer stands on its class, too: `folds`, pairs of sub-modules (convolution, batch
+normalization directly behind it); `entries`, the convolutions that alone read the layer's input (unless its `add` is
+true); `spds`, pairs (SPD, convolution that alone reads it). A layer without them is left as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from utils.core.errors import UserError
 from utils.core.files import nearest
+
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,10 @@ def register(spec: LayerSpec) -> None:
     LAYERS[spec.name] = spec
 
 
-def layer(name: str | None = None, **rule: Any) -> Callable[[type[nn.Module]], type[nn.Module]]:
+def layer(name: str | None = None, **rule: Any) -> Callable[[type[Module]], type[Module]]:
     """Class decorator: register the class under its own (or the given) name with the fields of `LayerSpec` as rule."""
 
-    def enter(cls: type[nn.Module]) -> type[nn.Module]:
+    def enter(cls: type[Module]) -> type[Module]:
         register(LayerSpec(name or cls.__name__, cls, **rule))
         return cls
 

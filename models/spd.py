@@ -16,6 +16,7 @@ from models.strides import replace_strides
 
 __all__ = ["SPD", "Focus", "SPDConv", "depth_to_space", "replace_strides", "scale_pair", "space_to_depth"]
 
+
 def _spd_channels(c_in: int, scale: Scale = 2) -> int:
     return c_in * math.prod(scale_pair(scale))
 
@@ -51,6 +52,8 @@ register(LayerSpec("space_to_depth", _authors_spd, out_channels=lambda c_in, dim
 @layer()
 class SPDConv(nn.Module):
     """The building block of section 3: SPD, then a convolution of stride 1 from scale^2 * c_in to c_out channels."""
+
+    spds = (("spd", "conv.conv"),)
 
     def __init__(
         self,

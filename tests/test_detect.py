@@ -1,4 +1,4 @@
-"""detect.py as a whole: from flags to files, with a small network of random weights and with a predictor that sees red."""
+"""detect.py as a whole: from flags to files, with random weights and with a predictor that sees red."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from media import RedFinder, with_squares, write_picture, write_video
+from media import RedFinder, one_thread, with_squares, write_picture, write_video  # noqa: F401
 
 import detect
 from models import build_model
@@ -189,7 +189,7 @@ class Synthetic:
             frames = []
             for i in range(index, min(index + size, self.count + 1)):
                 image = with_squares((self.side, self.side), [(i % 50, 20, i % 50 + 10, 60)])
-                frames.append(Frame(image, "synthetic", "video", index=i, frames=self.count, timestamp=i / 25, fps=25.0))
+                frames.append(Frame(image, "synthetic", "video", 1, 1, i, self.count, i / 25, 25.0))
             self.tally.frames += len(frames)
             yield frames
 

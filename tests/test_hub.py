@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from media import RedFinder, with_squares
+from media import RedFinder, one_thread, with_squares  # noqa: F401
 from PIL import Image
 
 import hubconf
@@ -98,10 +98,12 @@ def test_pictures_of_several_sizes_in_one_call(model):
 
 def sample() -> Results:
     names = ("person", "car")
-    one = Detections(np.array([[10, 20, 30, 60], [0, 0, 100, 50]], np.float32), np.array([0.9, 0.5]), np.array([1, 0]), names)
+    boxes = np.array([[10, 20, 30, 60], [0, 0, 100, 50]], np.float32)
+    one = Detections(boxes, np.array([0.9, 0.5]), np.array([1, 0]), names)
     none = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0), names)
     images = [np.zeros((80, 100, 3), np.uint8), np.zeros((40, 40, 3), np.uint8)]
-    return Results([one, none], images, ["in/a.jpg", "in/a.png"], {"preprocess": 1.0, "inference": 2.0, "nms": 0.5}, names)
+    speed = {"preprocess": 1.0, "inference": 2.0, "nms": 0.5}
+    return Results([one, none], images, ["in/a.jpg", "in/a.png"], speed, names)
 
 
 def test_the_four_box_forms_agree():

@@ -89,3 +89,11 @@ def test_video_has_its_frames(tmp_path: Path, frames: int) -> None:
         assert frame.shape == (240, 320, 3)
         count += 1
     assert count == frames
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    root = scenes.write_class_folders(tmp_path, train=2, val=1, size=32)
+    assert sorted(path.name for path in (root / "train").iterdir()) == sorted(scenes.NAMES)
+    assert len(list(root.rglob("*.png"))) == 3 * len(scenes.NAMES)
+    first, second = sorted((root / "train" / "boat").iterdir())
+    assert first.read_bytes() != second.read_bytes()

@@ -33,9 +33,7 @@ def some(n=3, hw=(48, 64), track=False):
     """Detections of classes 0, 1, 2, ... with boxes inside a picture of `hw`."""
     xyxy = [[2 + 3 * i, 4, 2 + 3 * i + 10, 4 + 20] for i in range(n)]
     ids = np.arange(n) - 1 if track else None
-    return Detections(
-        np.array(xyxy, np.float32).reshape(-1, 4), np.linspace(0.9, 0.3, n), np.arange(n) % 4, NAMES, ids
-    )
+    return Detections(np.array(xyxy, np.float32).reshape(-1, 4), np.linspace(0.9, 0.3, n), np.arange(n) % 4, NAMES, ids)
 
 
 def picture(name="street.jpg", item=1, hw=(48, 64), **options):
@@ -48,7 +46,8 @@ def video(index, item=1, fps=12.5, name="cars.mp4", kind="video", hw=(48, 64), *
     image = np.full((*hw, 3), 10 * index % 250, np.uint8)
     path = Path(f"in/{name}") if kind == "video" else None
     options.setdefault("timestamp", (index - 1) / fps if fps else 0)
-    return Frame(image, f"in/{name}" if path else "rtsp://cam:554/live", kind, item, 2, index, 10, fps=fps, path=path, **options)
+    shown = f"in/{name}" if path else "rtsp://cam:554/live"
+    return Frame(image, shown, kind, item, 2, index, 10, fps=fps, path=path, **options)
 
 
 # ------------------------------------------------------------------------------------------------ drawing
@@ -184,7 +183,14 @@ def test_several_crops_of_one_class_are_numbered(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("a.jpg", "a.jpg"), ("a.PNG", "a.png"), ("a.webp", "a.webp"), ("a.tif", "a.tif"), ("a.gif", "a.jpg"), ("a", "a.jpg")],
+    [
+        ("a.jpg", "a.jpg"),
+        ("a.PNG", "a.png"),
+        ("a.webp", "a.webp"),
+        ("a.tif", "a.tif"),
+        ("a.gif", "a.jpg"),
+        ("a", "a.jpg"),
+    ],
 )
 def test_pictures_keep_their_name_and_format_where_it_can_be_written(tmp_path, name, expected):
     PictureWriter(tmp_path).write(picture(name), some(1))

@@ -15,6 +15,7 @@ from models.backends.base import Metadata, Predictor
 from utils.core.device import select_device
 from utils.core.errors import UserError
 from utils.core.files import nearest
+from utils.core.log import LOGGER
 
 __all__ = ["FORMATS", "Format", "Metadata", "Predictor", "exportable", "format_of", "load_predictor"]
 
@@ -43,7 +44,14 @@ FORMATS: dict[str, Format] = {
         Format("torch_export", "torch.export", ".pt2", "torch_export"),
         Format("torchscript", "TorchScript", ".torchscript", "torchscript"),
         Format("onnx", "ONNX", ".onnx", "onnx", int8=True, requires=("onnx", "onnxscript", "onnxruntime")),
-        Format("openvino", "OpenVINO", "_openvino_model/", "openvino", int8=True, requires=("onnx", "onnxscript", "openvino")),
+        Format(
+            "openvino",
+            "OpenVINO",
+            "_openvino_model/",
+            "openvino",
+            int8=True,
+            requires=("onnx", "onnxscript", "openvino"),
+        ),
         Format("engine", "TensorRT", ".engine", "tensorrt", int8=True, requires=("onnx", "onnxscript", "tensorrt")),
     )
 }
@@ -83,4 +91,7 @@ def load_predictor(
     if not path.exists():
         raise UserError(f"{path}: no such file; check --weights")
     device = select_device(device) if isinstance(device, str) else device
-    return fmt.load_module().load(path, device=device, half=half, names=names, imgsz=imgsz, fuse=fuse)
+    predictor = fmt.load_module().load(path, device=device, half=half, names=names, imgsz=imgsz, fuse=fuse)
+    if half and fmt.module not in ("pytorch", "openvino") and predictor.metadata.precision == "fp32":
+        LOGGER.warning(f"{path}: runs in float32 as it was exported; for 16 bits export it with --half")
+    return predictor

@@ -7,7 +7,7 @@ A predictor is a callable from images to raw predictions, whatever runs it. Dete
 import importlib.util
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -63,7 +63,9 @@ class Metadata:
         if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
             raise UserError(f"{source}: its metadata is not this project's; export the file again")
         if data["schema"] > SCHEMA:
-            raise UserError(f"{source}: metadata schema {data['schema']} is newer than this program's {SCHEMA}; update the program")
+            raise UserError(
+                f"{source}: metadata schema {data['schema']} is newer than this program's {SCHEMA}; update the program"
+            )
         names, imgsz, strides = data.get("names"), data.get("imgsz"), data.get("strides")
         if (
             not _list_of(names, str)
@@ -75,7 +77,9 @@ class Metadata:
             or not isinstance(data.get("batch"), int)
             or not isinstance(data.get("nms"), dict | None)
         ):
-            raise UserError(f"{source}: its metadata is damaged (names, imgsz, strides, task, batch); export the file again")
+            raise UserError(
+                f"{source}: its metadata is damaged (names, imgsz, strides, task, batch); export the file again"
+            )
         known = {k: v for k, v in data.items() if k in cls.__dataclass_fields__}
         known.update(names=tuple(names), imgsz=tuple(imgsz), strides=tuple(strides))
         return cls(**known)
@@ -86,7 +90,7 @@ def _list_of(value: Any, kind: type) -> bool:
 
 
 def given_metadata(source: str, names: Sequence[str] | None, imgsz: int | Sequence[int] | None) -> Metadata:
-    """The metadata of a file that carries none, from what the user says; refused with what to say where that is missing."""
+    """The metadata of a file that carries none, from what the user says; without that the file is refused."""
     if names is None or imgsz is None:
         raise UserError(
             f"{source}: no metadata of this project inside (class names, image size, preprocessing); "
@@ -165,10 +169,6 @@ class Predictor:
 
 
 def rows_from_padded(boxes: Tensor, scores: Tensor, labels: Tensor) -> list[Tensor]:
-    """The outputs of NMS inside a graph, padded to one count (label -1), as a list of [n, 6] x1, y1, x2, y2, conf, cls."""
+    """The outputs of NMS inside a graph, padded with label -1, as a list of [n, 6] x1, y1, x2, y2, conf, cls."""
     table = torch.cat((boxes.float(), scores.float()[..., None], labels.float()[..., None]), -1)
     return [rows[keep] for rows, keep in zip(table, labels >= 0, strict=True)]
-
-
-def with_precision(metadata: Metadata, precision: str) -> Metadata:
-    return replace(metadata, precision=precision)

@@ -1,7 +1,7 @@
 """What is exported: a network with its decoding, and on request its NMS, as one module from images to outputs."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ MAX_CANDIDATES = 3000  # boxes an image that reach the NMS of a graph; TensorRT'
 
 @dataclass(frozen=True)
 class NmsSettings:
-    """NMS inside a graph. `count`: "fixed" (max_det rows, label -1 where empty) or "dynamic" (as many as the fullest image)."""
+    """NMS inside a graph. `count`: "fixed" (max_det rows, label -1 where empty) or "dynamic" (the fullest image's)."""
 
     conf_thres: float = 0.25
     iou_thres: float = 0.45
@@ -46,7 +46,7 @@ class ExportJob:
     metadata: Metadata
     path: Path
     nms: NmsSettings | None = None
-    calibration: Callable[[], Iterable[Tensor]] | None = None  # int8: batches of float images [B, 3, H, W] in 0..1
+    calibration: Iterable[Tensor] | None = None  # int8: batches of network input, iterated more than once
     opset: int = 18
     workspace_gb: float = 4.0
 

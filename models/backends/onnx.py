@@ -1,6 +1,7 @@
 """ONNX: the exchange format, run by ONNX Runtime. int8 is static QDQ with the head left in float."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +18,7 @@ from utils.core.files import atomic_write
 
 
 def export(job: ExportJob, symmetric: bool = False) -> Path:
-    """Writes one self-contained .onnx file. int8 is `symmetric` (no zero points, float bias) where TensorRT reads it."""
+    """Writes one self-contained .onnx file; `symmetric` int8 (no zero points, float bias) is what TensorRT reads."""
     need("onnx", "onnxscript", what="ONNX export")
     if job.int8:
         need("onnxruntime", what="int8 ONNX export")
@@ -41,7 +42,7 @@ def quantized(job: ExportJob, symmetric: bool = False) -> Any:
         quantize_static(
             model,
             target,
-            _CalibrationReader(job.calibration()),
+            _CalibrationReader(job.calibration),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
@@ -82,7 +83,8 @@ class OnnxPredictor(Predictor):
     def infer(self, images: Tensor) -> Any:
         array = images.detach().cpu().numpy().astype(self.input_type, copy=False)
         outputs = [
-            torch.from_numpy(o).to(self.device) for o in self.session.run(None, {self.input_name: np.ascontiguousarray(array)})
+            torch.from_numpy(o).to(self.device)
+            for o in self.session.run(None, {self.input_name: np.ascontiguousarray(array)})
         ]
         return rows_from_padded(*outputs) if self.end2end else outputs[0].float()
 
@@ -112,9 +114,10 @@ def _session(path: Path, options: Any, providers: list[Any]) -> Any:
     import onnxruntime as ort
     from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
+    kinds = ("InvalidProtobuf", "Fail", "InvalidGraph", "NotImplemented", "InvalidArgument")
     try:
         return ort.InferenceSession(path, options, providers=providers)
-    except (errors.InvalidProtobuf, errors.Fail, errors.InvalidGraph, errors.NotImplemented, errors.InvalidArgument) as e:
+    except tuple(getattr(errors, kind) for kind in kinds) as e:
         raise UserError(f"{path}: ONNX Runtime {ort.__version__} cannot load it ({str(e).splitlines()[0]})") from e
 
 
@@ -125,20 +128,20 @@ def _providers(device: torch.device) -> list[Any]:
         return ["CPUExecutionProvider"]
     if device.type == "cuda" and "CUDAExecutionProvider" in ort.get_available_providers():
         return [("CUDAExecutionProvider", {"device_id": device.index or 0}), "CPUExecutionProvider"]
-    raise UserError(f"ONNX Runtime here has {', '.join(ort.get_available_providers())}; install onnxruntime-gpu, or use --device cpu")
+    able = ", ".join(ort.get_available_providers())
+    raise UserError(f"ONNX Runtime here has {able}; install onnxruntime-gpu, or use --device cpu")
 
 
 def _foreign(session: Any, path: Path, names: Sequence[str] | None, imgsz: int | Sequence[int] | None) -> Metadata:
     """Metadata for a file of another tool, from what the user gives and what the graph says about its shapes."""
-    from dataclasses import replace
-
     metadata = given_metadata(str(path), names, imgsz)
     shape, outputs = session.get_inputs()[0].shape, session.get_outputs()
-    fixed = [isinstance(v, int) for v in shape]
-    dynamic = {(False, False): "all", (False, True): "batch", (True, False): "hw", (True, True): None}[fixed[0], all(fixed[2:])]
-    if all(fixed[2:]) and tuple(shape[2:]) != metadata.imgsz:
+    free_batch, free_hw = not isinstance(shape[0], int), not all(isinstance(v, int) for v in shape[2:])
+    dynamic = ("all" if free_hw else "batch") if free_batch else ("hw" if free_hw else None)
+    if not free_hw and tuple(shape[2:]) != metadata.imgsz:
         raise UserError(f"{path}: takes images of {shape[2]}x{shape[3]}; give --imgsz {shape[2]} {shape[3]}")
-    if len(outputs) != 1 or len(outputs[0].shape) != 3 or outputs[0].shape[2] not in (len(metadata.names) + 5, None):
+    values = len(metadata.names) + 5
+    if len(outputs) != 1 or len(outputs[0].shape) != 3 or outputs[0].shape[2] not in (values, None):
         shapes = ", ".join(f"{o.name} {o.shape}" for o in outputs)
-        raise UserError(f"{path}: outputs {shapes}; expected one of [batch, anchors, {len(metadata.names) + 5}] for these names")
-    return replace(metadata, dynamic=dynamic, batch=shape[0] if fixed[0] else 1)
+        raise UserError(f"{path}: outputs {shapes}; expected one of [batch, anchors, {values}] for these names")
+    return replace(metadata, dynamic=dynamic, batch=1 if free_batch else shape[0])

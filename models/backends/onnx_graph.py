@@ -21,11 +21,11 @@ MIN_OPSET = 18
 NMS_GRAPH = """
 <ir_version: 9, opset_import: ["" : 18]>
 nms (float[b, n, values] decoded) => (float[b, count, 4] boxes, float[b, count] scores, int64[b, count] labels)
-<int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] two = {{2}}, int64[1] last = {{-1}}, int64[1] four = {{4}},
- int64[1] five = {{5}}, int64[1] most = {{{candidates}}}, int64[1] max_det = {{{max_det}}}, int64[4] parts = {{2, 2, 1, {nc}}},
- int64[1] empty = {{-1}}, int64 first_batch = {{0}}, float half = {{0.5}}, float none = {{0.0}}, float yes = {{1.0}},
- float iou_thres = {{{iou_thres}}}, float conf_thres = {{{conf_thres}}}, int64[{groups}, 1] classes = {{{class_ids}}},
- int64[6] padding = {{0, 0, 0, 0, {padding}, 0}}>
+<int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] two = {{2}}, int64[1] three = {{3}}, int64[1] last = {{-1}},
+ int64[1] empty = {{-1}}, float half = {{0.5}}, float none = {{0.0}}, float yes = {{1.0}},
+ int64[1] most = {{{candidates}}}, int64[1] max_det = {{{max_det}}}, int64[4] parts = {{2, 2, 1, {nc}}},
+ float iou_thres = {{{iou_thres}}}, float conf_thres = {{{conf_thres}}},
+ int64[{groups}, 1] classes = {{{class_ids}}}, int64[6] padding = {{0, 0, 0, 0, {padding}, 0}}>
 {{
   padded = Pad (decoded, padding)
   center, size, objectness, probability = Split <axis = -1> (padded, parts)
@@ -65,7 +65,6 @@ nms (float[b, n, values] decoded) => (float[b, count, 4] boxes, float[b, count] 
   {outputs}
 }}
 """
-THREE = "three = Constant <value_ints = [3]> ()\n  "
 CLASS_SCORES = """label_row = Unsqueeze (label, one)
   in_group = Equal (label_row, classes)
   group_conf = Where (in_group, conf_row, none)"""
@@ -150,7 +149,7 @@ def _name_axes(output: Any, metadata: Metadata) -> None:
 
 
 def append_nms(model: Any, nms: NmsSettings, nc: int, padded: bool) -> Any:
-    """`model` with decoding's output0 replaced by boxes [b, m, 4], scores [b, m], labels [b, m] int64 (-1 where empty)."""
+    """`model` with output0 replaced by boxes [b, m, 4], scores [b, m], labels [b, m] int64 (-1 where empty)."""
     import onnx
     from onnx import compose, parser, version_converter
 
@@ -164,7 +163,7 @@ def append_nms(model: Any, nms: NmsSettings, nc: int, padded: bool) -> Any:
         groups=groups,
         class_ids=", ".join(map(str, range(groups))),
         padding=nms.max_det if padded else _missing_rows(model, nms.max_det),
-        group_scores=THREE + ("group_conf = Identity (conf_row)" if nms.agnostic else CLASS_SCORES),
+        group_scores=("group_conf = Identity (conf_row)" if nms.agnostic else CLASS_SCORES),
         outputs=DYNAMIC_COUNT if nms.count == "dynamic" else FIXED_COUNT,
     )
     tail = parser.parse_model(text)

@@ -1,10 +1,11 @@
 """OpenVINO: a folder `*_openvino_model/` with the graph as .xml and the weights as .bin; int8 through NNCF.
 
-The runtime computes in float32 unless asked for 16 bits: left to itself, OpenVINO takes bfloat16 where the processor has
-it, and boxes move by pixels.
+The runtime computes in float32 unless asked for 16 bits: left to itself, OpenVINO takes bfloat16 where the processor
+has it, and boxes move by pixels.
 """
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,13 +50,13 @@ def _quantized(model: Any, job: ExportJob) -> Any:
     need("nncf", what="int8 OpenVINO export")
     import nncf
 
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     assert job.calibration is not None
-    batches: Iterable[Tensor] = list(job.calibration())
     return nncf.quantize(
         model,
-        nncf.Dataset(batches, lambda batch: batch.numpy()),
+        nncf.Dataset(job.calibration, lambda batch: batch.numpy()),
         preset=nncf.QuantizationPreset.MIXED,
-        subset_size=len(batches),
+        subset_size=len(job.calibration),
         ignored_scope=nncf.IgnoredScope(names=_head_nodes(model)),
     )
 
@@ -78,10 +79,8 @@ def _head_nodes(model: Any) -> list[str]:
 class OpenVinoPredictor(Predictor):
     """Runs a compiled OpenVINO model, one request at a time."""
 
-    def __init__(self, compiled: Any, metadata: Metadata, device: torch.device, half: bool):
+    def __init__(self, compiled: Any, metadata: Metadata, device: torch.device):
         super().__init__(metadata, device)
-        self.half = False  # inputs stay float32; the precision inside is the compiled model's
-        self.inner_half = half
         self.request = compiled.create_infer_request()
 
     def infer(self, images: Tensor) -> Any:
@@ -108,7 +107,10 @@ def load(
     if len(files) != 1:
         raise UserError(f"{path}: holds {len(files)} .xml files; expected the folder of one OpenVINO model")
     core = ov.Core()
-    model = core.read_model(files[0])
+    try:
+        model = core.read_model(files[0])
+    except RuntimeError as e:
+        raise UserError(f"{path}: OpenVINO {ov.__version__} cannot read it ({_reason(e)})") from e
     if model.has_rt_info([METADATA_KEY]):
         metadata = Metadata.from_json(str(model.get_rt_info([METADATA_KEY]).astype(str)), str(path))
     else:
@@ -118,7 +120,12 @@ def load(
         PROFILE: "LATENCY",
         "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
     }
-    return OpenVinoPredictor(core.compile_model(model, "CPU", config), metadata, device, half)
+    return OpenVinoPredictor(core.compile_model(model, "CPU", config), metadata, device)
+
+
+def _reason(error: RuntimeError) -> str:
+    """The last line of OpenVINO's report, which is the one that says what is wrong."""
+    return str(error).strip().splitlines()[-1][:200]
 
 
 def _precision(core: Any, half: bool) -> str:

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from models.backends.base import DEFAULT_PREPROCESSING, Metadata, Predictor, pair
+from models.backends.graph import halve
+from models.fusion import fuse as fuse_network
+from models.weights import load_model
 from utils.core.log import LOGGER
 
 
@@ -36,6 +39,8 @@ class PyTorchPredictor(Predictor):
             imgsz=pair(imgsz),
             strides=tuple(model.strides) if task == "detect" else (),
             task=task,
+            channels=model.cfg.get("ch", 3),
+            max_stride=model.max_stride if task == "detect" else 1,
             dynamic="all",
             preprocessing=dict(preprocessing or DEFAULT_PREPROCESSING),
         )
@@ -44,11 +49,10 @@ class PyTorchPredictor(Predictor):
             LOGGER.warning("half precision of a PyTorch model needs a GPU: running in float32 on the CPU")
             half = False
         super().__init__(metadata, device, half)
-        network = _fused(model) if fuse and task == "detect" else copy.deepcopy(model).eval()
+        network = fuse_network(model) if fuse and task == "detect" else copy.deepcopy(model).eval()
         self.network = network.float().to(device).requires_grad_(False)
-        self.decode = copy.deepcopy(self.network).decode if half and task == "detect" else getattr(network, "decode", None)
         if half:
-            self.network.half()
+            halve(self.network)
         self.network.to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
@@ -57,20 +61,12 @@ class PyTorchPredictor(Predictor):
         images = images.to(self.device, dtype, non_blocking=True).contiguous(memory_format=torch.channels_last)
         outputs = self.network(images)
         if self.task == "detect":
-            return self.decode([m.float() for m in outputs])
+            return self.network.decode([m.float() for m in outputs])
         return outputs.float()
-
-
-def _fused(model: nn.Module) -> nn.Module:
-    from models.fusion import fuse
-
-    return fuse(model)
 
 
 def load(path: Path, *, device: torch.device, half: bool = False, fuse: bool = True, **_: Any) -> PyTorchPredictor:
     """A .pt or .safetensors checkpoint (ours, or a legacy one that `models.weights` can import) as predictor."""
-    from models.weights import load_model
-
     loaded = load_model(path, device=str(device))
     meta = loaded.meta
     return PyTorchPredictor(

@@ -1,7 +1,8 @@
 """TensorRT 10 and 11: an engine built from the ONNX graph, strongly typed, run through the tensor-name API.
 
-Strong typing means that the graph's own types are the engine's: `--half` and `--int8` shape the ONNX graph, and no builder
-flag exists for them in TensorRT 11. An engine runs only on the kind of GPU and the TensorRT version that built it.
+Strong typing means that the graph's own types are the engine's: `--half` and `--int8` shape the ONNX graph, and no
+builder flag exists for them in TensorRT 11. An engine runs only on the kind of GPU and the TensorRT version that built
+it.
 """
 
 import struct
@@ -35,7 +36,9 @@ def export(job: ExportJob) -> Path:
     LOGGER.info(f"TensorRT: {source} is built and checked")
     trt = _tensorrt(f"the engine can be built from {source} on a machine with a GPU and TensorRT")
     if not torch.cuda.is_available():
-        raise UserError(f"building an engine needs an NVIDIA GPU, and torch sees none; {source} is ready to be built elsewhere")
+        raise UserError(
+            f"building an engine needs an NVIDIA GPU, and torch sees none; {source} is ready to be built elsewhere"
+        )
     engine = build_engine(trt, source.read_bytes(), job)
     text = job.metadata.to_json().encode()
     with atomic_write(job.path) as file:
@@ -50,7 +53,9 @@ def _tensorrt(then: str) -> Any:
     except ImportError as e:
         raise UserError(f"TensorRT is not installed (pip install tensorrt); {then}") from e
     if int(trt.__version__.split(".")[0]) < 10:
-        raise UserError(f"TensorRT {trt.__version__} is installed; expected 10 or later, whose tensor-name API this uses")
+        raise UserError(
+            f"TensorRT {trt.__version__} is installed; expected 10 or later, whose tensor-name API this uses"
+        )
     return trt
 
 
@@ -110,10 +115,13 @@ class TensorRtPredictor(Predictor):
         name = self.inputs[0]
         images = images.to(self.device, self.types[name]).contiguous()
         if not self.context.set_input_shape(name, tuple(images.shape)):
-            raise UserError(f"the engine does not take images of shape {tuple(images.shape)}; export it for this size or batch")
+            raise UserError(
+                f"the engine does not take images of shape {tuple(images.shape)}; export it for this size or batch"
+            )
         self.context.set_tensor_address(name, images.data_ptr())
         outputs = {
-            n: torch.empty(tuple(self.context.get_tensor_shape(n)), dtype=self.types[n], device=self.device) for n in self.outputs
+            n: torch.empty(tuple(self.context.get_tensor_shape(n)), dtype=self.types[n], device=self.device)
+            for n in self.outputs
         }
         for n, tensor in outputs.items():
             self.context.set_tensor_address(n, tensor.data_ptr())
@@ -152,5 +160,7 @@ def load(
         raise UserError(f"{path}: an engine runs on an NVIDIA GPU; use --device 0")
     engine = trt.Runtime(trt.Logger(trt.Logger.WARNING)).deserialize_cuda_engine(data)
     if engine is None:
-        raise UserError(f"{path}: built for another GPU or TensorRT than {trt.__version__} here; export it again on this machine")
+        raise UserError(
+            f"{path}: built for another GPU or TensorRT than {trt.__version__} here; export it again on this machine"
+        )
     return TensorRtPredictor(engine, trt, metadata, device)

@@ -1,7 +1,7 @@
 """torch.export (.pt2): the network as one graph of ATen operations, run by PyTorch and compilable by AOTInductor.
 
-PyTorch's reader of this format can unpickle objects and execute guard strings, so an archive is checked before it is read:
-only tensors, arithmetic on sizes and ATen operations pass.
+PyTorch's reader of this format can unpickle objects and execute guard strings, so an archive is checked before it is
+read: only tensors, arithmetic on sizes and ATen operations pass.
 """
 
 import json
@@ -27,22 +27,23 @@ ENTRY = re.compile(
     r"|sample_inputs/model\.pt)|models/model\.json|extra/[\w.]+|archive_format|archive_version|byteorder"
     r"|\.data/\w+|version)"
 )
-TARGET = re.compile(r"torch\.ops\.(aten|torchvision)\.\w+(\.\w+)?|_operator\.\w+|torch\.sym_\w+|math\.(ceil|floor|trunc)")
-WORDS = set(
-    "Symbol Integer Rational Mul Add Max Min Pow Mod PythonMod FloorDiv CleanDiv CeilDiv ModularIndexing LessThan "
-    "GreaterThan StrictLessThan StrictGreaterThan Equality Unequality Eq Ne Le Lt Ge Gt Not And Or Where integer positive "
-    "nonnegative nonzero negative evaluate True False true false oo int_oo L images size torch not and or "
-    "sym_max sym_min sym_not sym_ite sym_sum".split()
+TARGET = re.compile(
+    r"torch\.ops\.(aten|torchvision)\.\w+(\.\w+)?|_operator\.\w+|torch\.sym_\w+|math\.(ceil|floor|trunc)"
 )
+FUNCTIONS = "Mul Add Max Min Pow Mod PythonMod FloorDiv CleanDiv CeilDiv ModularIndexing Not And Or Where"
+RELATIONS = "LessThan GreaterThan StrictLessThan StrictGreaterThan Equality Unequality Eq Ne Le Lt Ge Gt not and or"
+VALUES = (
+    "Symbol Integer Rational integer positive nonnegative nonzero negative evaluate True False true false oo int_oo"
+)
+GUARDS = "L images size torch sym_max sym_min sym_not sym_ite sym_sum"
+WORDS = frozenset(" ".join((FUNCTIONS, RELATIONS, VALUES, GUARDS)).split())
 SIZE_WORD = re.compile(r"[suz]\d+|\d+")
 
 
 def export(job: ExportJob) -> Path:
     """Writes the exported program, with as many dynamic axes as asked for. The network's own device is kept."""
     with torch.no_grad():
-        program = torch.export.export(
-            job.module(), (job.example(),), dynamic_shapes=job.dynamic_shapes(), strict=False
-        )
+        program = torch.export.export(job.module(), (job.example(),), dynamic_shapes=job.dynamic_shapes(), strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # names folders of this machine
     with atomic_write(job.path) as file:
@@ -96,7 +97,9 @@ def _check_entries(archive: zipfile.ZipFile, source: str) -> None:
     entries = {name.partition("/")[2]: name for name in archive.namelist()}
     for entry in entries:
         if not ENTRY.fullmatch(entry):
-            raise UserError(f"{source}: holds {entry!r}, which no file of export.py has; refused, since it may run code")
+            raise UserError(
+                f"{source}: holds {entry!r}, which no file of export.py has; refused, since it may run code"
+            )
     for entry in ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json"):
         if any(item.get("use_pickle") for item in _json(archive, entries[entry], source)["config"].values()):
             raise UserError(f"{source}: holds pickled objects, which can run code; refused")
@@ -104,7 +107,9 @@ def _check_entries(archive: zipfile.ZipFile, source: str) -> None:
         try:
             torch.load(file, weights_only=True)
         except Exception as e:  # the safe reader has many ways to say no, all of them final
-            raise UserError(f"{source}: its sample inputs are no plain tensors; refused, since they may run code") from e
+            raise UserError(
+                f"{source}: its sample inputs are no plain tensors; refused, since they may run code"
+            ) from e
     model = _json(archive, entries["models/model.json"], source)
     for expression in _expressions(model):
         words = re.findall(r"\w+", expression)
@@ -122,7 +127,9 @@ def _safe_word(word: str) -> bool:
 
 def _json(archive: zipfile.ZipFile, name: str, source: str) -> Any:
     if archive.getinfo(name).file_size > CHECK_BYTES:
-        raise UserError(f"{source}: {name} has {archive.getinfo(name).file_size >> 20} MB; expected less than {CHECK_BYTES >> 20}")
+        raise UserError(
+            f"{source}: {name} has {archive.getinfo(name).file_size >> 20} MB; expected less than {CHECK_BYTES >> 20}"
+        )
     return json.loads(archive.read(name))
 
 

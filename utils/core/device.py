@@ -55,6 +55,12 @@ def check_architecture(index: int) -> None:
         )
 
 
+def loader_workers(asked: int, batch_size: int) -> int:
+    """Loader processes of this rank: no more than asked, than its share of the cores, or than its images of a batch."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(asked, max((os.cpu_count() or 1) // ranks, 1), max(batch_size // ranks, 1))
+
+
 def describe(device: torch.device) -> str:
     """One line for the start of a run: torch, device, memory."""
     if device.type == "cuda":

@@ -1,16 +1,18 @@
 """What is drawn for a sample, and the point operations on its pixels.
 
-Every transform is a frozen value: drawn first (a function of the random generator alone), applied second, so that it can
-be tested, printed and replayed. Coordinates are continuous: pixel (0, 0) covers [0, 1] x [0, 1].
+Every transform is a frozen value: drawn first (a function of the random generator alone), applied second, so that it
+can be tested, printed and replayed. Coordinates are continuous: pixel (0, 0) covers [0, 1] x [0, 1].
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 
 from utils.core.hyp import Hyp
+
+BAND = 64  # rows that are recolored at a time
 
 
 def generator(seed: int, *where: int) -> np.random.Generator:
@@ -31,21 +33,26 @@ class Hsv:
         gains = 1 + rng.uniform(-1, 1, 3) * (hyp.hsv_h, hyp.hsv_s, hyp.hsv_v)
         return cls(*gains.tolist())
 
-    def apply(self, image: np.ndarray, out: np.ndarray) -> None:
-        """RGB uint8 HWC -> `out` (which may be `image`)."""
-        if (self.hue, self.saturation, self.value) == (1.0, 1.0, 1.0):
-            if out is not image:
-                out[...] = image
-            return
+    @property
+    def neutral(self) -> bool:
+        return (self.hue, self.saturation, self.value) == (1.0, 1.0, 1.0)
+
+    def tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """New values of the 256 old ones for OpenCV's 8-bit hue (half degrees, circular), saturation and value."""
         levels = np.arange(256)
-        tables = (
-            np.rint(levels * self.hue) % 180,
-            np.minimum(np.rint(levels * self.saturation), 255),
-            np.minimum(np.rint(levels * self.value), 255),
+        return (
+            (np.rint(levels * self.hue) % 180).astype(np.uint8),
+            np.minimum(np.rint(levels * self.saturation), 255).astype(np.uint8),
+            np.minimum(np.rint(levels * self.value), 255).astype(np.uint8),
         )
-        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-        planes = [cv2.LUT(plane, table.astype(np.uint8)) for plane, table in zip(cv2.split(hsv), tables, strict=True)]
-        cv2.cvtColor(cv2.merge(planes, hsv), cv2.COLOR_HSV2RGB, dst=out)
+
+    def recolor(self, hsv: np.ndarray) -> np.ndarray:
+        """The gains on an 8-bit HSV image, rounded and saturated. The result's hue may be 180 to 255 for 0 to 75, which
+        the way back to RGB understands."""
+        if self.hue * 179 < 255:
+            return cv2.transform(hsv, np.diag((self.hue, self.saturation, self.value)).astype(np.float32))
+        planes = cv2.split(hsv)
+        return cv2.merge([cv2.LUT(plane, table) for plane, table in zip(planes, self.tables(), strict=True)])
 
 
 @dataclass(frozen=True)
@@ -60,10 +67,21 @@ class Flip:
         ud, lr = rng.random(2) < (hyp.flipud, hyp.fliplr)
         return cls(bool(lr), bool(ud))
 
-    def apply(self, image: np.ndarray) -> np.ndarray:
-        if not (self.lr or self.ud):
-            return image
-        return cv2.flip(image, -1 if self.lr and self.ud else int(self.lr))
+
+def finish(image: np.ndarray, hsv: Hsv, flip: Flip, out: np.ndarray) -> None:
+    """Mirror and recolor RGB uint8 [H, W, 3] into `out`, band by band so that a band stays in the CPU's cache."""
+    height = image.shape[0]
+    for start in range(0, height, BAND):
+        stop = min(start + BAND, height)
+        band = image[height - stop : height - start][::-1] if flip.ud else image[start:stop]
+        target = out[start:stop]
+        if flip.lr:
+            band = cv2.flip(band, 1)
+        if hsv.neutral:
+            target[...] = band
+            continue
+        changed = hsv.recolor(cv2.cvtColor(np.ascontiguousarray(band), cv2.COLOR_RGB2HSV))
+        cv2.cvtColor(changed, cv2.COLOR_HSV2RGB, dst=target)
 
 
 @dataclass(frozen=True)
@@ -108,3 +126,14 @@ class Warp:
         shear = np.array([[1, sx, 0], [sy, 1, 0], [0, 0, 1]])
         x, y = (0.5 + self.translate_x) * out_hw[1], (0.5 + self.translate_y) * out_hw[0]
         return np.array([[1, 0, x], [0, 1, y], [0, 0, 1]]) @ shear @ turn @ tilt @ center
+
+    def meeting(self, point: tuple[float, float], canvas_hw: tuple[int, int], out_hw: tuple[int, int]) -> "Warp":
+        """The same, shifted by at most half a pixel so that a canvas point (x, y) lands on a whole output pixel, where
+        images that meet there can be cut exactly."""
+        x, y, w = self.matrix(canvas_hw, out_hw) @ (*point, 1.0)
+        x, y = x / w, y / w
+        return replace(
+            self,
+            translate_x=self.translate_x + float(np.rint(x) - x) / out_hw[1],
+            translate_y=self.translate_y + float(np.rint(y) - y) / out_hw[0],
+        )

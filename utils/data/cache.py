@@ -26,10 +26,12 @@ SHARED_FOLDER = Path("/dev/shm")
 _PREFIX = "yolov5-spd-"
 
 
-def level_for(hw: tuple[int, int], size: int) -> int:
-    """1, 2, 4 or 8: the coarsest decoding of an image of `hw` whose long side still is at least `size`."""
-    long = max(hw)
-    return next((level for level in (8, 4, 2) if -(-long // level) >= size), 1)
+def levels_for(long: np.ndarray, size: int) -> np.ndarray:
+    """1, 2, 4 or 8 for each long side [n]: the coarsest decoding that still is at least `size` long."""
+    levels = np.ones(len(long), np.int64)
+    for level in (2, 4, 8):
+        levels[-(-long // level) >= size] = level
+    return levels
 
 
 def reduced_hw(hw: tuple[int, int], level: int) -> tuple[int, int]:
@@ -38,7 +40,7 @@ def reduced_hw(hw: tuple[int, int], level: int) -> tuple[int, int]:
 
 
 def read_reduced(path: Path, hw: tuple[int, int], level: int) -> np.ndarray:
-    """Upright RGB at 1 / level of `hw`, every pixel the mean of level x level (as good as) source pixels."""
+    """Upright RGB at 1 / level of `hw`; a pixel is the mean of level x level source pixels, or as good as that."""
     whole = hw[0] % level == 0 and hw[1] % level == 0
     # a JPEG's partial last blocks would stand at the wrong side after a rotation
     direct = level > 1 and (whole or image_header(path).orientation == 1)
@@ -47,8 +49,8 @@ def read_reduced(path: Path, hw: tuple[int, int], level: int) -> np.ndarray:
     if image.shape[:2] == expected:
         return image
     if image.shape[:2] != tuple(hw):
-        got = f"{image.shape[1]} x {image.shape[0]}"
-        raise UserError(f"{path}: is {got} pixels now, was {hw[1]} x {hw[0]} when indexed; start again to index it anew")
+        now, then = f"{image.shape[1]} x {image.shape[0]}", f"{hw[1]} x {hw[0]}"
+        raise UserError(f"{path}: is {now} pixels now, was {then} when indexed; start again to index it anew")
     short = expected[0] * level - hw[0], expected[1] * level - hw[1]
     image = cv2.copyMakeBorder(image, 0, short[0], 0, short[1], cv2.BORDER_REPLICATE)
     return cv2.resize(image, expected[::-1], interpolation=cv2.INTER_AREA)
@@ -111,19 +113,21 @@ def free_memory() -> int:
 class SharedMemory:
     """All images of an index in one block of shared memory, whatever the number of workers and local processes.
 
-    The block is a file in /dev/shm, named by content. The first process fills it under a lock; every user holds a shared
-    lock, which the kernel releases when a process dies, so that the last one, or the next run, can remove it.
+    The block is a file in /dev/shm, named by content. The first process fills it under a lock; every user holds a
+    shared lock, which the kernel releases when a process dies, so that the last one, or the next run, can remove it.
     """
 
     def __init__(self, key: str, shapes: Sequence[tuple[int, int]], decode: Decode, hint: str = "--cache ram") -> None:
-        sizes = np.array([h * w * 3 for h, w in shapes], np.int64)
-        self.shapes = shapes
+        self.shapes = np.asarray(shapes, np.int64).reshape(-1, 2)
+        sizes = self.shapes.prod(1) * 3
         self.starts = np.concatenate([[0], np.cumsum(sizes)])
         self.path = SHARED_FOLDER / f"{_PREFIX}{os.getuid()}-{key}"
         self._hint = hint
         self._attach(decode)
 
     def _attach(self, decode: Decode | None) -> None:
+        if not SHARED_FOLDER.is_dir():
+            raise UserError(f"{self._hint} needs {SHARED_FOLDER}, which this system does not have; use --cache disk")
         import fcntl
 
         if decode is not None:
@@ -137,9 +141,14 @@ class SharedMemory:
             if decode is None:
                 raise UserError(f"{self.path} was removed while in use; start again")
             fcntl.flock(self._handle, fcntl.LOCK_EX)
-            if not self._ready(total):
-                self._build(total, decode)
-            os.close(self._handle)
+            try:
+                if not self._ready(total):
+                    self._build(total, decode)
+            except BaseException:
+                self.path.unlink(missing_ok=True)
+                raise
+            finally:
+                os.close(self._handle)
         self._map = mmap.mmap(self._handle, total + 1, prot=mmap.PROT_READ)
         self._pixels = np.frombuffer(self._map, np.uint8)
 
@@ -151,23 +160,24 @@ class SharedMemory:
     def _build(self, total: int, decode: Decode) -> None:
         room = min(free_memory(), shutil.disk_usage(SHARED_FOLDER).free)
         if total > 0.8 * room:
-            self.path.unlink()
+            needed, free = f"{total / 2**30:.1f} GiB", f"{room / 2**30:.1f} GiB"
             raise UserError(
-                f"{self._hint}: the images need {total / 2**30:.1f} GiB, {room / 2**30:.1f} GiB of shared memory are free "
-                "(at most 80 % of it is taken); use --cache disk or no cache, or enlarge it (Docker: --shm-size)"
+                f"{self._hint}: the images need {needed} of shared memory, {free} are free "
+                "(at most 80 % is taken); use --cache disk or no cache, or enlarge it (Docker: --shm-size)"
             )
-        os.truncate(self._handle, total)
-        pixels = np.frombuffer(mmap.mmap(self._handle, max(total, 1)), np.uint8) if total else np.zeros(0, np.uint8)
+        if total:
+            os.posix_fallocate(self._handle, 0, total)  # an error here instead of a bus error later
+            pixels = np.frombuffer(mmap.mmap(self._handle, total), np.uint8)
 
-        def work(number: int) -> None:
-            pixels[self.starts[number] : self.starts[number + 1]] = decode(number).reshape(-1)
+            def work(number: int) -> None:
+                pixels[self.starts[number] : self.starts[number + 1]] = decode(number).reshape(-1)
 
-        _fill(range(len(self.shapes)), work, f"{self._hint}: {total / 2**30:.1f} GiB, decoding")
+            _fill(range(len(self.shapes)), work, f"{self._hint}: {total / 2**30:.1f} GiB, decoding")
         os.truncate(self._handle, total + 1)
 
     def get(self, number: int) -> np.ndarray:
         pixels = self._pixels[self.starts[number] : self.starts[number + 1]]
-        return pixels.reshape(*self.shapes[number], 3)
+        return pixels.reshape(*self.shapes[number].tolist(), 3)
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name not in ("_handle", "_map", "_pixels")}
@@ -206,13 +216,15 @@ class DiskStore:
     Large images are memory-mapped, so that a tile costs only its own pixels.
     """
 
-    def __init__(self, key: str, files: Sequence[Path], shapes: Sequence[tuple[int, int]], levels: Sequence[int], decode: Decode) -> None:
-        self.shapes, self.levels = shapes, np.asarray(levels, np.int8)
+    def __init__(
+        self, key: str, files: Sequence[Path], shapes: Sequence[tuple[int, int]], levels: Sequence[int], decode: Decode
+    ) -> None:
+        self.shapes, self.levels = np.asarray(shapes, np.int64).reshape(-1, 2), np.asarray(levels, np.int8)
         self.folder = cache_dir("images")
         self.hashes = self._hashes(key, files)
         missing = [n for n in range(len(files)) if not self._complete(n)]
         if missing:
-            self._room(sum(shapes[n][0] * shapes[n][1] * 3 for n in missing))
+            self._room(int(self.shapes[missing].prod(1).sum()) * 3)
             _fill(missing, lambda n: self._write(n, decode(n)), "--cache disk: decoding")
 
     def _hashes(self, key: str, files: Sequence[Path]) -> np.ndarray:
@@ -238,9 +250,8 @@ class DiskStore:
         return self.folder / name[:2] / f"{name}-{self.levels[number]}.rgb"
 
     def _complete(self, number: int) -> bool:
-        h, w = self.shapes[number]
         path = self._path(number)
-        return path.exists() and path.stat().st_size == h * w * 3
+        return path.exists() and path.stat().st_size == int(self.shapes[number].prod()) * 3
 
     def _room(self, needed: int) -> None:
         free = shutil.disk_usage(self.folder).free
@@ -255,7 +266,7 @@ class DiskStore:
             file.write(np.ascontiguousarray(image).data)
 
     def get(self, number: int) -> np.ndarray:
-        return np.memmap(self._path(number), np.uint8, "r", shape=(*self.shapes[number], 3))
+        return np.memmap(self._path(number), np.uint8, "r", shape=(*self.shapes[number].tolist(), 3))
 
     def close(self) -> None:
         """Nothing is held."""

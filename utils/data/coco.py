@@ -145,10 +145,14 @@ def read_coco(files: tuple[Path, ...], folders: tuple[Path, ...], root: Path, na
                 image.id = start + offset
         taken.update(image.id for image in fresh)
         result.images += fresh
-    result.images.sort(key=lambda image: image.path)  # the order in which a folder is read
+    result.images.sort(key=lambda image: (_first_folder(image.path, folders), image.path))  # as folders are listed
     free = iter(range(max(own.values(), default=0) + 1, INT64))
     result.category_ids = [own[name] if name in own else next(free) for name in names]
     return result
+
+
+def _first_folder(path: str, folders: tuple[Path, ...]) -> int:
+    return next((i for i, folder in enumerate(folders) if path.startswith(os.path.join(folder, ""))), len(folders))
 
 
 def _classes(

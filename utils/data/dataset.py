@@ -13,17 +13,16 @@ import numpy as np
 
 from utils.core.errors import UserError
 from utils.core.hyp import Hyp
-from utils.data.augment import Flip, Hsv, Warp, generator
-from utils.data.cache import DiskStore, Recent, SharedMemory, Store, level_for, read_reduced, reduced_hw
+from utils.data.augment import Flip, Hsv, Warp, finish, generator
+from utils.data.cache import DiskStore, Recent, SharedMemory, Store, levels_for, read_reduced, reduced_hw
 from utils.data.mixing import CopyPaste, Cutmix, Mixup
 from utils.data.mosaic import Frame, Placement, Scene, draw_scene, mosaic4, mosaic9, placements, scene_objects, single
 from utils.data.objects import Labels, Objects
-from utils.data.order import SAMPLE, epoch_order
+from utils.data.order import SAMPLE, before, epoch_order
 from utils.ops.boxes import xyxy_to_cxcywh
 from utils.ops.letterbox import Letterbox, letterbox_geometry, letterbox_image
 from utils.ops.tiles import tile_boxes
 
-WINDOW = 128  # mosaic partners are among this many positions before a sample's own
 SLICE_VISIBILITY = 0.25  # an object belongs to a training tile that shows at least this share of it
 
 
@@ -72,8 +71,8 @@ class Plan:
 class DetectionDataset:
     """Images and labels of an index as samples of `imgsz`.
 
-    With `slices` (size, overlap) the items are tiles of the images. `rect` keeps shapes (no mosaic); the loader then says
-    which shape. `cache` None, "ram" or "disk". `hyp` says how to augment when `augment` is set.
+    With `slices` (size, overlap) the items are tiles of the images. `rect` keeps shapes (no mosaic); the loader then
+    says which shape. `cache` None, "ram" or "disk". `hyp` says how to augment when `augment` is set.
     """
 
     def __init__(
@@ -99,6 +98,7 @@ class DetectionDataset:
         self.shapes: np.ndarray = sizes  # (h, w) [n, 2] of the items
         self.levels = self._levels()
         self._recent: Recent | None = None
+        self._layers: dict[int, np.ndarray] = {}
         self._order: tuple[int, np.ndarray] | None = None
         self._store: Store | None = self._open(cache)
 
@@ -118,12 +118,11 @@ class DetectionDataset:
 
     def _levels(self) -> np.ndarray:
         """How coarsely each image may be decoded, [n images]: by its smallest item and the size asked for alone."""
-        levels = np.ones(len(self.index.shapes), np.int64)
-        if self.augment:
-            long = np.full(len(levels), np.iinfo(np.int64).max)
-            np.minimum.at(long, self.unit_image, self.shapes.max(1))
-            levels = np.array([level_for((int(side), 1), self.imgsz) for side in long], np.int64)
-        return levels
+        if not self.augment:
+            return np.ones(len(self.index.shapes), np.int64)
+        long = np.full(len(self.index.shapes), np.iinfo(np.int32).max, np.int64)
+        np.minimum.at(long, self.unit_image, self.shapes.max(1))
+        return levels_for(long, self.imgsz)
 
     def _open(self, cache: str | None) -> Store | None:
         if cache is None:
@@ -138,7 +137,7 @@ class DetectionDataset:
         return DiskStore(self.index.key, files, shapes, self.levels.tolist(), self._decode)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_recent": None, "_order": None}
+        return {**self.__dict__, "_recent": None, "_order": None, "_layers": {}}
 
     def close(self) -> None:
         """Give a shared cache back."""
@@ -196,20 +195,30 @@ class DetectionDataset:
         return before(self._order[1], position)
 
     def sample(
-        self, epoch: int, position: int, i: int, *, window: np.ndarray | None = None, hw: tuple[int, int] | None = None
+        self,
+        epoch: int,
+        position: int,
+        i: int,
+        *,
+        window: np.ndarray | None = None,
+        hw: tuple[int, int] | None = None,
+        out: np.ndarray | None = None,
     ) -> Sample:
         """The sample at a position of an epoch. `window` are candidates for mosaic partners (by default those of the
-        shuffled order), `hw` another size than `imgsz` squared."""
+        shuffled order), `hw` is another size than `imgsz` squared, `out` an array for the image."""
         if not self.augment:
-            return self._plain(i, hw)
-        return self.render(self.plan(epoch, position, i, window=window, hw=hw))
+            return self._plain(i, hw, out)
+        return self.render(self.plan(epoch, position, i, window=window, hw=hw), out)
 
-    def _plain(self, i: int, hw: tuple[int, int] | None) -> Sample:
+    def _plain(self, i: int, hw: tuple[int, int] | None, out: np.ndarray | None) -> Sample:
         geometry = letterbox_geometry(self._hw(i), self.imgsz)
         if hw is not None:
             geometry = centered(geometry, hw)
         objects = self.objects(i)
         image = letterbox_image(self.pixels(i), geometry)
+        if out is not None:
+            out[...] = image
+            image = out
         return _sample(i, image, objects.cls, geometry.to_network(objects.xyxy), geometry)
 
     def _hw(self, i: int) -> tuple[int, int]:
@@ -247,34 +256,35 @@ class DetectionDataset:
         if not mosaic:
             geometry = letterbox_geometry(self._hw(i), self.imgsz if self.rect else hw)
             tiles = single(i, centered(geometry, hw))
-            return Scene(tiles, hw, hw, Warp.draw(rng, hyp))
+            return Scene(tiles, hw, hw, Warp.draw(rng, hyp).meeting(tiles[0].offset, hw, hw))
         nine = rng.random() < hyp.mosaic9
         indices = np.append(rng.choice(window, 8 if nine else 3), i)
         indices = rng.permutation(indices).tolist()
-        x, y = np.floor(rng.uniform(0.5 * size, 1.5 * size, 2)).astype(int).tolist()
-        layout = mosaic9 if nine else mosaic4
-        tiles = layout(indices, [self._hw(j) for j in indices], (x, y), size)
-        return Scene(tiles, (2 * size, 2 * size), hw, Warp.draw(rng, hyp))
+        center = tuple(np.floor(rng.uniform(0.5 * size, 1.5 * size, 2)).astype(int).tolist())
+        tiles = (mosaic9 if nine else mosaic4)(indices, [self._hw(j) for j in indices], center, size)
+        canvas = 2 * size, 2 * size
+        seam = tiles[4].offset if nine else center
+        return Scene(tiles, canvas, hw, Warp.draw(rng, hyp).meeting(seam, canvas, hw))
 
-    def render(self, plan: Plan) -> Sample:
-        """Make the pixels of a plan."""
-        layers = []
-        for number, scene in enumerate(plan.scenes):
-            image = np.empty((*scene.out_hw, 3), np.uint8)
-            draw_scene(scene, plan.places[number], self.frame, self.pixels, image)
+    def render(self, plan: Plan, out: np.ndarray | None = None) -> Sample:
+        """Make the pixels of a plan, in `out` (uint8 [H, W, 3]) where given."""
+        layers = [self._layer(number, plan.out_hw) for number in range(len(plan.scenes))]
+        for number, (scene, layer) in enumerate(zip(plan.scenes, layers, strict=True)):
+            draw_scene(scene, plan.places[number], self.frame, self.pixels, layer)
             if plan.pastes:
-                plan.pastes[number].apply(image, plan.before_paste[number])
-            layers.append(image)
+                plan.pastes[number].apply(layer, plan.before_paste[number])
         if plan.blend:
             plan.blend.apply(layers[0], layers[1])
-        image = plan.flip.apply(layers[0])
-        plan.hsv.apply(image, image)
+        image = np.empty_like(layers[0]) if out is None else out
+        finish(layers[0], plan.hsv, plan.flip, image)
         return _sample(plan.index, image, plan.objects.cls, plan.objects.xyxy, None)
 
-
-def before(order: np.ndarray, position: int, size: int = WINDOW) -> np.ndarray:
-    """Up to `size` entries of a circular order that stand before `position`."""
-    return order[(position - 1 - np.arange(min(size, len(order)))) % len(order)]
+    def _layer(self, number: int, hw: tuple[int, int]) -> np.ndarray:
+        """A buffer to draw in, kept from sample to sample."""
+        layer = self._layers.get(number)
+        if layer is None or layer.shape[:2] != hw:
+            layer = self._layers[number] = np.empty((*hw, 3), np.uint8)
+        return layer
 
 
 def centered(geometry: Letterbox, hw: tuple[int, int]) -> Letterbox:

@@ -24,7 +24,7 @@ from utils.data.coco import CocoFile, CocoImage, labels_of, read_coco
 from utils.data.labels import POLICIES, Issue, Labels, judge, no_labels, settle
 from utils.data.listing import label_path, list_images, list_voc
 from utils.data.problems import LEFT_OUT, USED, Problem, Report, refuse
-from utils.data.scan import SMALL, Header, Job, Packer, Scan, scan
+from utils.data.scan import SMALL, SMALL_TO_VERIFY, Header, Job, Packer, Scan, scan
 from utils.data.spec import DataSpec
 
 SCHEMA = 1  # to be raised whenever what is read or how it is packed changes
@@ -252,7 +252,7 @@ def _build(spec: DataSpec, split: str, job: Job, listing: _Listing, workers: int
     else:
         key = _key(name, listing.files(), listing.problems)
     total = len(listing.pairs)
-    hidden = None if total > SMALL else True
+    hidden = None if total > (SMALL_TO_VERIFY if job.verify else SMALL) else True
     with tqdm(total=total, desc=f"{split}: reading labels", unit=" images", disable=hidden) as bar:
         found = scan(replace(job, labels="none") if coco else job, listing.pairs, workers, bar.update)
     report.add([*listing.problems, *(coco.problems if coco else ()), *found.problems])

@@ -6,6 +6,7 @@ policy does to a box is an `Issue`.
 """
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,8 @@ def read_yolo(path: str | Path, hw: tuple[int, int], nc: int) -> tuple[Labels, l
     try:
         data = read_regular(path, MAX_LABEL_BYTES)
     except FileNotFoundError:
+        if os.path.islink(path):
+            return no_labels(), [Issue("label-unreadable", 0, "is a link to nothing")], True
         return no_labels(), [], False
     except OSError as error:
         return no_labels(), [Issue("label-unreadable", 0, f"cannot be read ({error.strerror or error})")], True
@@ -97,7 +100,7 @@ def parse_yolo(text: str, hw: tuple[int, int], nc: int) -> tuple[Labels, list[Is
     if not len(array):
         return no_labels(), issues
     classes = array[:, 0]
-    known = (classes >= 0) & (classes < (nc or 2**31)) & (classes == np.floor(classes))
+    known = (classes >= (0 if nc else -(2**31))) & (classes < (nc or 2**31)) & (classes == np.floor(classes))
     if not known.all() or not math.isfinite(array.sum()) or "_" in text:
         good = np.isfinite(array).all(1) & (classes == np.floor(classes))
         good &= ["_" not in source[line - 1] for line in lines]

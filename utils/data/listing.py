@@ -35,7 +35,7 @@ def list_images(sources: tuple[Path, ...], ids_in: Path | None = None) -> tuple[
     found: dict[str, None] = {}
     for source in sources:
         listed = os.path.isfile(source)
-        paths = _listed(source, ids_in) if listed else walk(str(source), problems)
+        paths = _listed(source, ids_in) if listed else sorted(walk(str(source), problems))
         repeats = 0
         first = ""
         for path in paths:
@@ -50,7 +50,7 @@ def list_images(sources: tuple[Path, ...], ids_in: Path | None = None) -> tuple[
 
 
 def walk(folder: str, problems: list[Problem]) -> Iterator[str]:
-    """The image files under a folder, sorted in each folder; hidden names are passed over.
+    """The image files under a folder; hidden names are passed over.
 
     Links to folders are followed last, and no folder is read twice, so that links can neither loop nor multiply.
     """

@@ -1,7 +1,7 @@
 """Batches: which samples form them is decided here, in one process; workers only do what they are told.
 
-A request names epoch, positions and images of one batch, so a worker keeps no state, and the same global batches come from
-any number of workers and processes, from any step on.
+A request names epoch, positions and images of one batch, so a worker keeps no state, and the same global batches come
+from any number of workers and processes, from any step on.
 """
 
 import os
@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from utils.core.errors import UserError
-from utils.data.dataset import DetectionDataset, Sample, before
-from utils.data.order import ORDER, aspect_order, batch_shape, epoch_order
 from utils.data.augment import generator
+from utils.data.dataset import DetectionDataset, Sample
+from utils.data.order import ORDER, aspect_order, batch_shape, before, epoch_order
 from utils.ops.letterbox import Letterbox
 
 __all__ = ["Batch", "EvalLoader", "TrainLoader", "epoch_order"]
@@ -29,7 +29,7 @@ PREFETCH = 2  # batches that each worker prepares ahead
 
 @dataclass(frozen=True)
 class Request:
-    """One batch: epoch, positions and dataset indices [b], shape (h, w) or None, partner candidates a sample or None."""
+    """One batch: epoch, positions and dataset indices [b], shape (h, w) or None, partner candidates of each or None."""
 
     epoch: int
     positions: np.ndarray
@@ -69,14 +69,10 @@ class Batch:
         return self._each(lambda t: t.to(device, non_blocking=True))
 
 
-def collate(samples: Sequence[Sample], hw: tuple[int, int]) -> Batch:
-    """Join samples of one size; none gives an empty batch of `hw`."""
-    images = torch.empty((len(samples), *hw, 3), dtype=torch.uint8)
-    if torch.utils.data.get_worker_info() is not None and len(samples):
-        images.share_memory_()  # written in place once, instead of copied there when sent
-    view = images.numpy()
-    for row, sample in enumerate(samples):
-        view[row] = sample.image
+def collate(samples: Sequence[Sample], images: Tensor | None = None) -> Batch:
+    """Join samples of one size. `images` uint8 [B, H, W, 3] already holds their pixels where given."""
+    if images is None:
+        images = torch.from_numpy(np.stack([sample.image for sample in samples]))
     targets = np.zeros((sum(len(s.cls) for s in samples), 6), np.float32)
     if samples:
         targets[:, 0] = np.repeat(np.arange(len(samples)), [len(s.cls) for s in samples])
@@ -94,6 +90,10 @@ class _Reader:
 
     def __getitem__(self, request: Request) -> Batch | Failure:
         dataset = self.dataset
+        images = torch.empty((len(request.indices), *(request.hw or (dataset.imgsz,) * 2), 3), dtype=torch.uint8)
+        if torch.utils.data.get_worker_info() is not None and len(images):
+            images.share_memory_()  # drawn where the other process will see it, not copied there
+        rows = images.numpy()
         try:
             samples = [
                 dataset.sample(
@@ -102,12 +102,13 @@ class _Reader:
                     int(i),
                     window=request.windows[row] if request.windows else None,
                     hw=request.hw,
+                    out=rows[row],
                 )
                 for row, (position, i) in enumerate(zip(request.positions, request.indices, strict=True))
             ]
         except (UserError, OSError) as error:
             return Failure(str(error))
-        return collate(samples, request.hw or (dataset.imgsz, dataset.imgsz))
+        return collate(samples, images)
 
 
 class _Requests(Sampler):
@@ -133,7 +134,9 @@ def _start_worker(_: int) -> None:
 class _Pump:
     """A torch DataLoader that is fed requests: in this process, or in persistent workers."""
 
-    def __init__(self, dataset: DetectionDataset, workers: int, batch: int, start_method: str | None, timeout: float) -> None:
+    def __init__(
+        self, dataset: DetectionDataset, workers: int, batch: int, start_method: str | None, timeout: float
+    ) -> None:
         if workers:
             _check_shared_memory(workers, batch, dataset.imgsz)
         self.requests, self.workers, self.timeout = _Requests(), workers, timeout
@@ -174,9 +177,11 @@ class _Pump:
 
 def _explain(message: str, workers: int, timeout: float) -> str:
     if "timed out" in message:
-        return f"no batch came from {workers} workers within {timeout:.0f} s; check the disk, or use --workers 0 to see why"
+        return f"no batch came from {workers} workers in {timeout:.0f} s; check the disk, or use --workers 0 to see why"
     if "ulimit" in message or "shared memory" in message or "Bus error" in message:
-        return "a data worker ran out of shared memory (/dev/shm); use fewer --workers or enlarge it (Docker: --shm-size)"
+        return (
+            "a data worker ran out of /dev/shm (shared memory); use fewer --workers or enlarge it (Docker: --shm-size)"
+        )
     return f"a data worker ended ({message.splitlines()[0]}); often the memory is short: use fewer --workers"
 
 
@@ -264,8 +269,8 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """All items once, in order (with `dataset.rect` by aspect ratio), in the batches that one process would form; batch b
-    goes to rank b % world_size."""
+    """All items once, in order (with `dataset.rect` by aspect ratio), in the batches that one process would form; batch
+    b goes to rank b % world_size."""
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ MIN_REST = 0.3  # smallest share of an object that must stay visible beside a cu
 
 @dataclass(frozen=True)
 class Mixup:
-    """A weighted sum: `weight` of the first scene, the rest of the second (Zhang et al. 2018; Beta(32, 32) as YOLOv5)."""
+    """A weighted sum: `weight` of the first scene, the rest of the second (Zhang et al. 2018; drawn as in YOLOv5)."""
 
     weight: float
 
@@ -47,8 +47,8 @@ class Cutmix:
         return cls((*low, max(min(int(x + w), hw[1]), low[0]), max(min(int(y + h), hw[0]), low[1])))
 
     def objects(self, first: Objects, second: Objects, hyp: Hyp) -> Objects:
-        """Objects of the first scene that stay visible beside the patch, shrunk where a whole side is hidden; objects of
-        the second cut to the patch."""
+        """Objects of the first scene that stay visible beside the patch, shrunk where a whole side is hidden; objects
+        of the second cut to the patch."""
         patch = np.array(self.rect, np.float64)
         covered = box_ioa(patch[None], first.xyxy)[0] if len(first) else np.zeros(0)
         rest = _beside(first, patch).take(covered < 1 - MIN_REST)

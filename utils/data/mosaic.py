@@ -1,8 +1,8 @@
 """Scenes of several images (mosaics) or of one, and how they are drawn without a canvas.
 
-The classic mosaic resizes each image, pastes it on a canvas of twice the output's size and warps the canvas. Here the two
-steps are joined: each image is cropped and resized, or warped, straight to its place in the output. Same geometry, a
-fraction of the work: what ends outside the output is never touched.
+The classic mosaic resizes each image, pastes it on a canvas of twice the output's size and warps the canvas. Here the
+two steps are joined: each image is cropped and resized, or warped, straight to its place in the output. Same geometry,
+a fraction of the work: what ends outside the output is never touched.
 """
 
 import math
@@ -22,7 +22,7 @@ SNAP = 0.25  # output pixels: how far a resized crop may lie beside its exact pl
 
 
 class Frame(NamedTuple):
-    """What decoded pixels stand for: pixel (u, v) of an array of `hw` begins at origin + level * (u, v) of the source."""
+    """Decoded pixels: pixel (u, v) of an array of `hw` begins at origin + level * (u, v) of the source."""
 
     hw: tuple[int, int]
     level: int = 1
@@ -87,8 +87,8 @@ def mosaic4(
 def mosaic9(
     indices: Sequence[int], sizes: Sequence[tuple[int, int]], center: tuple[int, int], size: int
 ) -> tuple[Tile, ...]:
-    """Nine images in three rows on a canvas of 2 x `size`: the fifth is centered at `center` (x, y), the others begin at
-    its edges and are cropped to their cell."""
+    """Nine images in three rows on a canvas of 2 x `size`: the fifth is centered at `center` (x, y), the others begin
+    at its edges and are cropped to their cell."""
     h0, w0 = fitted(sizes[4], size)
     left, top = center[0] - w0 // 2, center[1] - h0 // 2
     right, bottom = left + w0, top + h0
@@ -134,11 +134,19 @@ def _round(x: float) -> int:
 
 
 def _edge(at: int, direction: int, scale: float, offset: float, step: int, limit: int) -> tuple[int, int]:
-    """A place at or beyond `at` (going in `direction`) that falls close to a whole source pixel, and that pixel."""
-    best, least = (at, 0), math.inf
-    for place in range(at, at + direction * (3 + math.ceil(scale)), direction):
+    """A place at or beyond `at` (going in `direction`) that falls close to a whole source pixel, and that pixel.
+
+    When enlarging, the place lies far enough beyond for the pixel next to the crop not to be missed, unless the image
+    itself ends there.
+    """
+    border = 0 if direction < 0 else limit
+    best, least = (at, border), math.inf
+    for extra in range(4 + math.ceil(1.5 * scale)):
+        place = at + direction * extra
         exact = (place - offset) / scale
         pixel = min(max(_round(exact / step) * step, 0), limit)
+        if scale > 1 and extra < scale / 2 and pixel != border:
+            continue
         error = abs(exact - pixel) * scale
         if error < least - 1e-9:
             best, least = (place, pixel), error
@@ -156,7 +164,7 @@ def snap(scale: float, offset: float, low: float, high: float, pixels: int, size
     limit = -(-pixels // step) * step
     if last <= first:
         return None
-    begin, start = _edge(first, -1, scale, offset, step, limit - step)
+    begin, start = _edge(first, -1, scale, offset, step, limit)
     end, stop = _edge(last, 1, scale, offset, step, limit)
     if stop <= start:
         start, stop = (stop - step, stop) if stop >= step else (start, start + step)
@@ -179,8 +187,9 @@ class Placement:
 
     @property
     def offset(self) -> tuple[float, float]:
-        (sx, sy), (left, top) = self.scale, self.frame.origin
-        return self.x.begin - self.x.start * self.x.gain - left * sx, self.y.begin - self.y.start * self.y.gain - top * sy
+        pairs = zip((self.x, self.y), self.scale, self.frame.origin, strict=True)
+        x, y = (span.begin - span.start * span.gain - origin * scale for span, scale, origin in pairs)
+        return x, y
 
     @property
     def rect(self) -> tuple[int, int, int, int]:
@@ -267,7 +276,7 @@ def draw_warped(tile: Tile, warp: np.ndarray, frame: Frame, image: np.ndarray, o
 
 
 def draw_scene(scene: Scene, places: Sequence[Placement | None], frames: Frames, read: Reader, out: np.ndarray) -> None:
-    """Draw a scene into `out` (HWC uint8): by `places` if it is axis-aligned. `frames(i)` describes what `read(i)` gives."""
+    """Draw a scene into `out` (HWC uint8), by `places` if axis-aligned. `frames(i)` describes what `read(i)` gives."""
     out[...] = FILL
     if not scene.warp.axis_aligned:
         for tile in scene.tiles:

@@ -24,7 +24,7 @@ class Labels(Protocol):
 
 @dataclass(frozen=True)
 class Objects:
-    """Classes [K], boxes xyxy [K, 4], and packed polygons: points [P, 2] with `counts` [K] of them an object (0: none)."""
+    """Classes [K], boxes xyxy [K, 4], and packed polygons: points [P, 2], `counts` [K] of them an object (0: none)."""
 
     cls: np.ndarray
     xyxy: np.ndarray
@@ -136,7 +136,8 @@ def survivors(
     """Which objects are still labels after a warp, [K] bool.
 
     `seen` are the clipped objects, `full_areas` their areas had nothing been cut, `known` says whose shape came from a
-    polygon. Width and height above `min_px` (output pixels), visible share above `min_ratio`, aspect below `max_aspect`.
+    polygon. Width and height above `min_px` (output pixels), visible share above `min_ratio`, aspect below
+    `max_aspect`.
     """
     w, h = seen.xyxy[:, 2] - seen.xyxy[:, 0], seen.xyxy[:, 3] - seen.xyxy[:, 1]
     share = w * h / np.maximum(full_areas, 1e-12)

@@ -5,6 +5,7 @@ import numpy as np
 from utils.data.augment import generator
 
 ORDER, SAMPLE = 0, 1  # streams of randomness under one seed
+WINDOW = 128  # mosaic partners are among this many positions before a sample's own
 
 
 def epoch_order(n: int, seed: int, epoch: int, weights: np.ndarray | None = None) -> np.ndarray:
@@ -26,7 +27,10 @@ def batch_shape(shapes: np.ndarray, imgsz: int, stride: int, pad: float) -> tupl
     """The smallest (height, width), multiples of `stride`, that holds images of these shapes [b, 2] resized to a long
     side of `imgsz`; `pad` is in strides (YOLOv5 validates with half a stride)."""
     ratios = shapes / shapes.max(1, keepdims=True)
-    height, width = ratios.max(0) if len(ratios) else (1.0, 1.0)
-    if height == width == 1.0 and len(ratios) == 0:
-        return imgsz, imgsz
-    return tuple(int(np.ceil(side * imgsz / stride + pad)) * stride for side in (height, width))  # type: ignore
+    height, width = (int(np.ceil(side * imgsz / stride + pad)) * stride for side in ratios.max(0))
+    return height, width
+
+
+def before(order: np.ndarray, position: int, size: int = WINDOW) -> np.ndarray:
+    """Up to `size` entries of a circular order that stand before `position`; of a short order all, its own included."""
+    return order[(position - 1 - np.arange(min(size, len(order)))) % len(order)]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from utils.core.errors import UserError
 
 LEFT_OUT, DROPPED, CLIPPED, USED = "image left out", "box dropped", "box clipped", "used as it is"
-REMOVED = "counted once"
+REMOVED, NOT_READ = "counted once", "not read"
 
 KINDS = {
     "image-missing": "image not found",
@@ -21,6 +21,7 @@ KINDS = {
     "folder-unreadable": "unreadable folder",
     "label-unreadable": "unreadable label file",
     "label-shared": "label file shared by several images",
+    "label-orphan": "label file without an image",
     "label-format": "malformed label",
     "label-class": "class number out of range",
     "box-overhang": "box slightly over the image's edge",
@@ -37,6 +38,13 @@ KINDS = {
 KEPT = 20_000  # problems kept with their file names; all are counted
 
 
+def printable(text: str) -> str:
+    """Text from file names and labels, safe to print: line breaks, control codes and broken UTF-8 are spelled out."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @dataclass(frozen=True)
 class Problem:
     """One kind of trouble in one file: the first line it shows at (0: none) and how often."""
@@ -51,7 +59,7 @@ class Problem:
     def __str__(self) -> str:
         where = f"{self.file}:{self.line}" if self.line else self.file
         more = f" (and {self.count - 1} more in this file)" if self.count > 1 else ""
-        return f"{where} {self.detail}{more}: {self.action}"
+        return printable(f"{where} {self.detail}{more}: {self.action}")
 
 
 @dataclass
@@ -69,8 +77,12 @@ class Report:
     problems: list[Problem] = field(default_factory=list)  # at most KEPT
 
     def add(self, problems: Iterable[Problem]) -> None:
-        """Count problems, and keep the first KEPT."""
+        """Count problems, each once (images that share a label file share its problems), and keep the first KEPT."""
+        known = set(self.problems)
         for problem in problems:
+            if problem in known:
+                continue
+            known.add(problem)
             self.counts[problem.kind] = self.counts.get(problem.kind, 0) + problem.count
             self.actions[problem.action] = self.actions.get(problem.action, 0) + problem.count
             if len(self.problems) < KEPT:
@@ -106,6 +118,7 @@ class Report:
 
 def refuse(problems: list[Problem], total: int, expected: str) -> UserError:
     """The one-line error for problems that stop a run: the first ten places, and how many there are."""
-    shown = "; ".join(f"{p.file}:{p.line} {p.detail}" if p.line else f"{p.file} {p.detail}" for p in problems[:10])
+    places = (f"{p.file}:{p.line} {p.detail}" if p.line else f"{p.file} {p.detail}" for p in problems[:10])
+    shown = printable("; ".join(places))
     rest = total - sum(problem.count for problem in problems[:10])
     return UserError(f"{shown}{f'; and {rest:,} more' if rest > 0 else ''}; {expected}")

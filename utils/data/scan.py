@@ -35,7 +35,7 @@ from utils.data.labels import Labels, judge, no_labels, read_yolo, settle
 from utils.data.problems import LEFT_OUT, USED, Problem
 
 CHUNK = 512
-SMALL = 4000  # files: below this, starting processes costs more than it saves
+SMALL, SMALL_TO_VERIFY = 4000, 200  # images: below this, starting processes costs more than it saves
 _SUFFIX_FORMATS = {
     ".jpg": "jpeg", ".jpeg": "jpeg", ".jpe": "jpeg", ".jfif": "jpeg", ".mpo": "jpeg", ".png": "png", ".gif": "gif",
     ".bmp": "bmp", ".dib": "bmp", ".webp": "webp", ".tif": "tiff", ".tiff": "tiff", ".jp2": "jp2", ".avif": "avif",
@@ -224,7 +224,7 @@ def scan(
     `progress` is called with the number of images that were done since its last call.
     """
     if workers is None:
-        workers = available_cores() if len(pairs) > SMALL else 0
+        workers = available_cores() if len(pairs) > (SMALL_TO_VERIFY if job.verify else SMALL) else 0
     size = max(16, min(CHUNK, len(pairs) // (4 * workers) + 1)) if workers > 1 else CHUNK
     chunks = [pairs[i : i + size] for i in range(0, len(pairs), size)] or [pairs]
     if workers <= 1:

@@ -254,3 +254,21 @@ def write_video(path: str | Path, *, frames: int = 75, fps: float = 15.0, seed: 
         writer.write(frame)
     writer.release()
     return path
+
+
+def write_class_folders(root: str | Path, *, train: int, val: int, size: int = 64, seed: int = 0) -> Path:
+    """Write {train,val}/<class>/*.png under `root`: pictures of single objects, for classification."""
+    root = Path(root)
+    for split, count in (("train", train), ("val", val)):
+        for cls, name in enumerate(NAMES):
+            (root / split / name).mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                rng = np.random.default_rng([seed, _SAMPLE, _TRAIN if split == "train" else _VAL, cls, number])
+                canvas = draw_ground(rng, (size, size))
+                color = _BODIES[rng.integers(len(_BODIES))] if cls == 0 else np.full(3, rng.uniform(190, 235))
+                b, g, r = (float(v) for v in color)
+                center = (float(size * rng.uniform(0.4, 0.6)), float(size * rng.uniform(0.4, 0.6)))
+                side = float(size * rng.uniform(0.3, 0.7))
+                _paint(canvas, Thing(cls, center, side, float(rng.uniform(0, 2 * np.pi)), (b, g, r)))
+                save_image(root / split / name / f"{number:05d}.png", _expose(rng, canvas))
+    return root

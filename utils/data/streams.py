@@ -32,7 +32,7 @@ class Capture(Protocol):
 
     def retrieve(self) -> tuple[bool, np.ndarray]: ...
 
-    def get(self, prop: int) -> float: ...
+    def get(self, propId: int, /) -> float: ...
 
     def release(self) -> None: ...
 
@@ -109,11 +109,13 @@ class _Reader(threading.Thread):
             if self._count > before:
                 pause, last = FIRST_PAUSE, time.monotonic()
             silent = time.monotonic() - last
-            if self._give_up and silent + pause > self._give_up:
-                LOGGER.warning(f"{self.label}: given up after {silent:.0f} s without a frame")
-                break
+            if self._give_up:
+                if silent >= self._give_up:
+                    LOGGER.warning(f"{self.label}: given up after {silent:.0f} s without a frame")
+                    break
+                pause = min(pause, self._give_up - silent)
             what = "connection lost" if self._count else "cannot connect"
-            LOGGER.warning(f"{self.label}: {what}, trying again in {pause:g} s")
+            LOGGER.warning(f"{self.label}: {what}, trying again in {pause:.2g} s")
             self._stop_event.wait(pause)
             pause = min(pause * 2, LONGEST_PAUSE)
         with self._changed:

@@ -5,6 +5,7 @@ are ignore regions, as crowds are: neither learned nor counted as missed. XML wi
 entities can make a small file explode.
 """
 
+import os
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -23,6 +24,8 @@ def read_voc(path: str | Path, hw: tuple[int, int], names: tuple[str, ...]) -> t
     try:
         data = read_regular(path, MAX_LABEL_BYTES)
     except FileNotFoundError:
+        if os.path.islink(path):
+            return no_labels(), [_unreadable("is a link to nothing")], True
         return no_labels(), [], False
     except OSError as error:
         return no_labels(), [_unreadable(f"cannot be read ({error.strerror or error})")], True

@@ -97,7 +97,7 @@ def paired_bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Percentile intervals of the differences B - A. Metrics: `AP`, or `AP_` and a size range of the settings."""
+    """Bootstrap intervals of the differences B - A. Metrics: `AP`, or `AP_` and a size range of the settings."""
     settings = settings or MetricSettings()
     if replicates < 2 or not 0 < level < 1:
         raise UserError(f"{replicates} replicates at level {level}; expected at least 2 and a level between 0 and 1")
@@ -113,12 +113,20 @@ def paired_bootstrap(
         drawn = [model(draws) for model in models]
         usable = np.isfinite(drawn[0]) & np.isfinite(drawn[1])
         a_drawn, b_drawn = drawn[0][usable], drawn[1][usable]
-        difference = b_drawn - a_drawn
+        difference = _centered(b_drawn - a_drawn, whole[1] - whole[0])
         above = float(np.mean(difference > 0) + np.mean(difference == 0) / 2) if usable.any() else float("nan")
         low, high = _range(difference, level)
-        ranges = (_range(a_drawn, level), _range(b_drawn, level))
+        ranges = (_range(_centered(a_drawn, whole[0]), level), _range(_centered(b_drawn, whole[1]), level))
         out[metric] = Interval(metric, whole[0], whole[1], low, high, level, above, len(difference), *ranges)
     return out
+
+
+def _centered(values: np.ndarray, measured: float) -> np.ndarray:
+    """Replicates moved so that their mean is the measured value.
+
+    AP of a resample is biased (upward, as a rule): rare classes that the model misses are not drawn at all in some.
+    """
+    return values - values.mean() + measured if len(values) else values
 
 
 def _range(values: np.ndarray, level: float) -> tuple[float, float]:

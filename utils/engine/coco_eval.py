@@ -24,15 +24,22 @@ TWELVE = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", 
 class Labels(Protocol):
     """The part of a label index that evaluation reads (packed arrays, boxes xyxy in source pixels)."""
 
-    shapes: np.ndarray
-    offsets: np.ndarray
-    cls: np.ndarray
-    boxes: np.ndarray
-    areas: np.ndarray
-    crowd: np.ndarray
-    image_ids: np.ndarray
-    category_ids: np.ndarray
-
+    @property
+    def shapes(self) -> np.ndarray: ...
+    @property
+    def offsets(self) -> np.ndarray: ...
+    @property
+    def cls(self) -> np.ndarray: ...
+    @property
+    def boxes(self) -> np.ndarray: ...
+    @property
+    def areas(self) -> np.ndarray: ...
+    @property
+    def crowd(self) -> np.ndarray: ...
+    @property
+    def image_ids(self) -> np.ndarray: ...
+    @property
+    def category_ids(self) -> np.ndarray: ...
     def __len__(self) -> int: ...
 
 
@@ -154,7 +161,7 @@ def coco_metrics(truth: Truth, found: Found, settings: MetricSettings | None = N
     curves = pr_curves(truth.objects, found, truth.nc, iou=settings.pr_iou, max_det=settings.max_dets[-1])
     p, r, f1 = curves.at_best()
     everywhere = slice(None)
-    metrics = _numbers(precision, recall, thrs, everywhere, settings)
+    metrics: dict[str, Any] = {**_numbers(precision, recall, thrs, everywhere, settings)}
     metrics |= {"P": _mean(p), "R": _mean(r), "F1": _mean(f1), "confidence": curves.best_confidence}
     counted = ~truth.objects.crowd
     classes, images = truth.objects.cls[counted], truth.objects.image[counted]

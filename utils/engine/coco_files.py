@@ -53,8 +53,9 @@ def truth_from_coco(path: str | Path, *, area_from: str = "annotation") -> Truth
 
 def read_json(path: str | Path, what: str) -> Any:
     """The content of a JSON file, or a UserError."""
+    file = existing_file(path, what)
     try:
-        return json.loads(existing_file(path, what).read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as e:
         raise UserError(f"{what} '{path}' is not valid JSON: {e}") from e
 

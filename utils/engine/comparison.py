@@ -101,7 +101,7 @@ def draw_pair(image: np.ndarray, truth: Truth, a: Verdict, b: Verdict, number: i
     zoom = "" if (x2 - x1, y2 - y1) == (image.shape[1], image.shape[0]) else f", part {x2 - x1} x {y2 - y1} px"
     objects = at & ~truth.objects.crowd
     names = [truth.names[c] for c in truth.objects.cls[objects]]
-    panels = [draw_boxes_in(part, place(truth.objects.xywh[objects]), [OBJECT] * len(names), names)]
+    panels = [draw_boxes_in(part, place(truth.objects.xywh[objects]), [OBJECT] * len(names), names, 2)]
     panels = [titled(panels[0], f"ground truth: {len(names)} objects{zoom}", 14)]
     for verdict in (a, b):
         missed = at & verdict.missed
@@ -111,7 +111,7 @@ def draw_pair(image: np.ndarray, truth: Truth, a: Verdict, b: Verdict, number: i
         shades = [MISSED] * int(missed.sum()) + [RIGHT if verdict.right[i] else WRONG for i in order]
         texts = [""] * int(missed.sum())
         texts += [f"{truth.names[verdict.found.cls[i]]} {verdict.found.score[i]:.2f}" for i in order]
-        panels.append(titled(draw_boxes_in(part, place(boxes), shades, texts), verdict.line(truth, number), 14))
+        panels.append(titled(draw_boxes_in(part, place(boxes), shades, texts, 2), verdict.line(truth, number), 14))
     return mosaic(panels, columns=3, gap=4)
 
 

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from utils.ops.detections import Detections
 
 Color = tuple[int, int, int]
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def text_color(background: Color) -> Color:
 
 
 @lru_cache(maxsize=64)
-def font_of(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+def font_of(size: int) -> Font:
     """Pillow's bundled font at `size` pixels."""
     return ImageFont.load_default(size)
 
@@ -89,7 +90,7 @@ def draw_box(draw: ImageDraw.ImageDraw, box: np.ndarray, color: Color, line_widt
     draw.rectangle((x1, y1, max(x2, x1), max(y2, y1)), outline=color, width=width)
 
 
-def draw_label(draw: ImageDraw.ImageDraw, box: np.ndarray, text: str, color: Color, font: ImageFont.ImageFont) -> None:
+def draw_label(draw: ImageDraw.ImageDraw, box: np.ndarray, text: str, color: Color, font: Font) -> None:
     """A filled label above the box, below it where the picture ends, inside it where neither fits."""
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     pad = 1 + (bottom - top) // 8

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from utils.core.device import loader_workers
 from utils.core.dist import Dist
 from utils.core.errors import UserError
 from utils.core.hyp import Hyp
@@ -16,12 +16,12 @@ from utils.core.log import LOGGER
 from utils.data.dataset import DetectionDataset
 from utils.data.images import read_image
 from utils.data.index import LabelIndex
-from utils.data.loader import EvalLoader, default_workers
+from utils.data.loader import EvalLoader
 from utils.engine.pipeline import ahead
 from utils.engine.predict import Detector, PredictSettings, network_size
 from utils.engine.validate import STAGES, EvalResult, OnBatch, ValSettings, evaluate_rows, validate
 from utils.ops.boxes import xyxy_to_cxcywh
-from utils.ops.letterbox import letterbox_geometry, letterbox_image
+from utils.ops.letterbox import Letterbox, letterbox_geometry, letterbox_image
 
 PER_PICTURE = 4  # whole images on one picture when slices are evaluated
 
@@ -41,6 +41,16 @@ class EvalPlan:
         for name, low in (("batch_size", 1), ("workers", 0), ("slice_size", 0)):
             if getattr(self, name) < low:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}; expected {low} or more")
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """Whole images in the form of a loader's batch."""
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    indices: list[int]
+    geometries: list[Letterbox]
 
 
 def evaluate(
@@ -63,7 +73,7 @@ def evaluate(
     rect = plan.rect and predictor.imgsz is None
     stride = max(predictor.strides)
     dataset = DetectionDataset(index, height, Hyp(), augment=False, rect=rect, stride=stride, pad=0.5 if rect else 0.0)
-    workers = default_workers(plan.workers, dist.world_size)
+    workers = loader_workers(plan.workers, plan.batch_size)
     loader = EvalLoader(dataset, plan.batch_size, workers=workers, rank=dist.rank, world_size=dist.world_size)
     try:
         batches = _progress(loader, len(loader), title, dist)
@@ -180,7 +190,7 @@ def _show(
             tiles.append(letterbox_image(image, geometry))
             geometries.append(geometry)
             numbers.append(i)
-        batch = SimpleNamespace(
+        batch = _Shown(
             images=torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2),
             targets=torch.from_numpy(np.concatenate(targets)).float(),
             indices=numbers,

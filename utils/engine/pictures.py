@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -12,6 +11,7 @@ from PIL import Image, ImageDraw
 from utils.core.files import atomic_write
 from utils.engine.draw import color_of, draw_box, draw_label, font_of
 from utils.ops.boxes import cxcywh_to_xyxy
+from utils.ops.letterbox import resize
 
 PICTURE_SIDE = 1920
 PICTURE_CONF = 0.25
@@ -25,14 +25,18 @@ def draw_boxes(image: np.ndarray, xyxy: np.ndarray, cls: np.ndarray, texts: Sequ
 
 
 def draw_boxes_in(
-    image: np.ndarray, xyxy: np.ndarray, shades: Sequence[tuple[int, int, int]], texts: Sequence[str] = ()
+    image: np.ndarray,
+    xyxy: np.ndarray,
+    shades: Sequence[tuple[int, int, int]],
+    texts: Sequence[str] = (),
+    line_width: int = 1,
 ) -> np.ndarray:
     """A copy of RGB `image` with boxes in given colors; an empty text is left away."""
     canvas = Image.fromarray(np.ascontiguousarray(image))
     draw = ImageDraw.Draw(canvas)
-    usable = np.flatnonzero(np.isfinite(xyxy).all(1))
+    usable = np.flatnonzero(np.isfinite(xyxy).all(1)).tolist()
     for i in usable:
-        draw_box(draw, xyxy[i], shades[i], 1)
+        draw_box(draw, xyxy[i], shades[i], line_width)
     for i in usable:
         if len(texts) and texts[i]:
             draw_label(draw, xyxy[i], texts[i], shades[i], font_of(TEXT_PX))
@@ -74,18 +78,19 @@ def draw_batch(
         return None
     h, w = images.shape[-2:]
     columns = int(np.ceil(np.sqrt(count)))
-    scale = min(1.0, PICTURE_SIDE / (columns * max(h, w)))
+    scale = min(PICTURE_SIDE / (columns * max(h, w)), 3.0)
+    scale = float(int(scale)) if scale > 1 else scale
     tiles = []
     for i in range(count):
         image = images[i, :3].permute(1, 2, 0).cpu().numpy()
         image = np.repeat(image, 3, 2) if image.shape[2] == 1 else image
         if scale < 1:
-            image = cv2.resize(
-                image, (max(round(w * scale), 1), max(round(h * scale), 1)), interpolation=cv2.INTER_AREA
-            )
+            image = resize(image, (max(round(h * scale), 1), max(round(w * scale), 1)))
+        elif scale > 1:  # whole pixels, so that small objects show as the network gets them
+            image = image.repeat(int(scale), 0).repeat(int(scale), 1)
         table = np.asarray(rows[i], np.float64)
         cls = table[:, -1].astype(int)
-        texts = [names[c] if c < len(names) else str(c) for c in cls]
+        texts = [names[c] if c < len(names) else str(c) for c in cls.tolist()]
         if table.shape[1] == 6:
             texts = [f"{text} {conf:.2f}" for text, conf in zip(texts, table[:, 4], strict=True)]
         drawn = draw_boxes(image, table[:, :4] * scale, cls, texts)

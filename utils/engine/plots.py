@@ -40,23 +40,32 @@ def colors(n: int) -> list[tuple[float, ...]]:
 
 
 def plot_results(csv_path: str | Path, path: str | Path | None = None) -> Path:
-    """`results.csv` as a grid of curves over the epochs -> results.png beside it."""
+    """`results.csv` as a grid of curves over the epochs -> results.png beside it. The learning rates share a panel."""
+    from matplotlib.ticker import MaxNLocator
+
     csv_path = Path(csv_path)
     with open(csv_path, newline="", encoding="utf-8") as file:
         rows = [{k.strip(): v for k, v in row.items() if k} for row in csv.DictReader(file)]
-    names = [name for name in (rows[0] if rows else {}) if name != "epoch"]
+    panels: dict[str, list[str]] = {}
+    for name in rows[0] if rows else {}:
+        if name != "epoch":
+            panels.setdefault("x/lr" if name.startswith("x/lr") else name, []).append(name)
     epochs = [_number(row["epoch"]) for row in rows]
-    columns = min(5, max(len(names), 1))
-    lines = max(-(-len(names) // columns), 1)
+    columns = min(5, max(len(panels), 1))
+    lines = max(-(-len(panels) // columns), 1)
     fig, axes = figure(lines, columns, (2.6 * columns, 2.1 * lines))
-    for axis in axes.flat[len(names) :]:
+    for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
-    for axis, name in zip(axes.flat, names, strict=False):
-        values = np.array([_number(row[name]) for row in rows])
-        axis.plot(epochs, values, marker="." if len(rows) < 60 else None, linewidth=1.5)
-        axis.set_title(name, fontsize=9)
+    for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
+        for name in names:
+            values = np.array([_number(row[name]) for row in rows])
+            axis.plot(epochs, values, marker="." if len(rows) < 60 else None, linewidth=1.5, label=name)
+        axis.set_title(title, fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
+        if len(names) > 1:
+            axis.legend(fontsize=6)
     return save(fig, path or csv_path.with_suffix(".png"))
 
 
@@ -94,7 +103,9 @@ def plot_labels(cls: np.ndarray, boxes: np.ndarray, shapes: np.ndarray, names: S
     axes[1, 0].invert_yaxis()
     axes[1, 0].set(title="centers", xlabel="x / image width", ylabel="y / image height")
     axes[1, 1].scatter(np.maximum(width, 0.5), np.maximum(height, 0.5), s=4, alpha=0.3, color="tab:blue", linewidths=0)
-    axes[1, 1].set(title="width and height", xlabel="width, px", ylabel="height, px", xscale="log", yscale="log")
+    largest = max(float(np.max(boxes, initial=1.0)), 10.0)
+    limits = {"xlim": (0.4, largest), "ylim": (0.4, largest), "xscale": "log", "yscale": "log"}
+    axes[1, 1].set(title="width and height", xlabel="width, px", ylabel="height, px", **limits)
     return save(fig, path, dpi=110)
 
 

@@ -6,7 +6,7 @@ pixels, or to a list of [n, 6] detections where its `end2end` is true. Where it 
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,31 +20,38 @@ from utils.core.log import LOGGER
 from utils.ops.detections import Detections
 from utils.ops.letterbox import FILL, Letterbox, letterbox_geometry, letterbox_image
 from utils.ops.nms import non_max_suppression
-from utils.ops import tiles as tiling
+from utils.ops.tiles import merge_tiles, tile_boxes
 
 TTA_SCALES = (1.0, 0.83, 0.67)
 TTA_FLIPS = (False, True, False)
 
 
 class Predictor(Protocol):
-    """What this room asks of a predictor."""
+    """What this room asks of a predictor. `imgsz` and `batch` are None where any that the strides divide will do."""
 
-    names: Sequence[str]
-    strides: Sequence[int]
-    device: torch.device
-    half: bool
-    end2end: bool
-    imgsz: tuple[int, int] | None  # None: any size that its strides divide
-    batch: int | None
+    @property
+    def names(self) -> Sequence[str]: ...
+    @property
+    def strides(self) -> Sequence[int]: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def half(self) -> bool: ...
+    @property
+    def end2end(self) -> bool: ...
+    @property
+    def imgsz(self) -> tuple[int, int] | None: ...
+    @property
+    def batch(self) -> int | None: ...
 
     def __call__(self, images: Tensor) -> Any: ...
 
 
 @dataclass(frozen=True)
 class PredictSettings:
-    """How pictures are put before a predictor, and what counts as a detection. Sizes are (height, width)."""
+    """How pictures are put before a predictor, and what counts as a detection. `imgsz`: one side, or height, width."""
 
-    imgsz: tuple[int, int] = (640, 640)
+    imgsz: tuple[int, ...] = (640, 640)
     conf_thres: float = 0.25
     iou_thres: float = 0.45
     max_det: int = 1000
@@ -109,14 +116,15 @@ class Detector:
         if wrong:
             raise UserError(f"--classes {wrong[0]}; the model has classes 0 to {nc - 1}")
         self.predictor = predictor
-        self.settings = replace(settings, imgsz=network_size(predictor, settings.imgsz))
+        self.settings = settings
+        self.imgsz = network_size(predictor, settings.imgsz)
         self.names = tuple(predictor.names)
         self.speed = Speed()
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[Detections]:
         """uint8 [H, W, 3] RGB pictures -> one `Detections` each."""
         views = [view for i, image in enumerate(images) for view in self._views(i, image)]
-        rows: list[np.ndarray | None] = [None] * len(views)
+        rows = [np.zeros((0, 6), np.float32)] * len(views)
         for numbers in self._batches(views):
             found = self._run([views[n] for n in numbers])
             for number, boxes in zip(numbers, found, strict=True):
@@ -126,7 +134,7 @@ class Detector:
 
     def warm_up(self) -> None:
         """One run on a gray picture that does not count, so that the first timing is honest."""
-        h, w = self.settings.imgsz
+        h, w = self.imgsz
         views = list(self._views(0, np.full((h, w, 3), FILL, np.uint8)))[:1]
         self._run(views)
         self.speed = Speed()
@@ -138,13 +146,13 @@ class Detector:
             pixels = image[y1:y2, x1:x2]
             auto = self.settings.rect and self.predictor.imgsz is None
             stride = max(self.predictor.strides)
-            geometry = letterbox_geometry(pixels.shape[:2], self.settings.imgsz, stride=stride, auto=auto)
+            geometry = letterbox_geometry(pixels.shape[:2], self.imgsz, stride=stride, auto=auto)
             yield View(i, pixels, (x1, y1), geometry)
 
     def _boxes(self, hw: tuple[int, int]) -> list[tuple[int, int, int, int]]:
         if not self.settings.slice_size:
             return [(0, 0, hw[1], hw[0])]
-        return tiling.tile_boxes(hw, self.settings.slice_size, self.settings.overlap)
+        return tile_boxes(hw, self.settings.slice_size, self.settings.overlap)
 
     def _batches(self, views: list[View]) -> Iterator[list[int]]:
         """Numbers of views of equal network size, at most `batch_size` at a time."""
@@ -158,7 +166,7 @@ class Detector:
 
     def _run(self, views: list[View]) -> list[np.ndarray]:
         """One batch of views -> rows [n, 6] in pixels of their pictures."""
-        s, device = self.settings, self.predictor.device
+        device = self.predictor.device
         start = time.perf_counter()
         stack = np.stack([letterbox_image(view.pixels, view.geometry) for view in views])
         images = torch.from_numpy(stack).to(device).permute(0, 3, 1, 2)
@@ -169,15 +177,7 @@ class Detector:
             output = self.predictor(images)
             synchronize(device)
             inferred = time.perf_counter()
-            found = self._select(output) if self.predictor.end2end else non_max_suppression(
-                output,
-                conf_thres=s.conf_thres,
-                iou_thres=s.iou_thres,
-                classes=s.classes,
-                agnostic=s.agnostic,
-                multi_label=s.multi_label,
-                max_det=s.max_det,
-            )
+            found = self._select(output)
         rows = [_to_picture(boxes.float().cpu().numpy(), view) for boxes, view in zip(found, views, strict=True)]
         speed = self.speed
         speed.preprocess += prepared - start
@@ -186,24 +186,35 @@ class Detector:
         speed.shape = tuple(images.shape)
         return rows
 
-    def _select(self, found: list[Tensor]) -> list[Tensor]:
-        """Apply the settings to detections whose NMS lies inside the exported file: they can only get fewer."""
+    def _select(self, output: Any) -> list[Tensor]:
+        """NMS; detections whose NMS lies inside the exported file can only get fewer."""
+        s = self.settings
+        if not self.predictor.end2end:
+            return non_max_suppression(
+                output,
+                conf_thres=s.conf_thres,
+                iou_thres=s.iou_thres,
+                classes=s.classes,
+                agnostic=s.agnostic,
+                multi_label=s.multi_label,
+                max_det=s.max_det,
+            )
         result = []
-        for rows in found:
-            keep = rows[:, 4] > self.settings.conf_thres
-            if self.settings.classes is not None:
-                keep &= torch.isin(rows[:, 5].long(), torch.tensor(self.settings.classes, device=rows.device))
-            result.append(rows[keep][: self.settings.max_det])
+        for rows in output:
+            keep = rows[:, 4] > s.conf_thres
+            if s.classes is not None:
+                keep &= torch.isin(rows[:, 5].long(), torch.tensor(s.classes, device=rows.device))
+            result.append(rows[keep][: s.max_det])
         return result
 
-    def _assemble(self, i: int, image: np.ndarray, views: list[View], rows: list[np.ndarray | None]) -> Detections:
+    def _assemble(self, i: int, image: np.ndarray, views: list[View], rows: list[np.ndarray]) -> Detections:
         """All rows of picture `i` as one value; tiles are merged."""
         mine = [(view, boxes) for view, boxes in zip(views, rows, strict=True) if view.picture == i]
         if len(mine) == 1:
             return Detections.from_rows(mine[0][1], self.names)
         s = self.settings
         tiles = [(*v.corner, v.corner[0] + v.pixels.shape[1], v.corner[1] + v.pixels.shape[0]) for v, _ in mine]
-        merged = tiling.merge_tiles([boxes for _, boxes in mine], tiles, image.shape[:2], agnostic=s.agnostic)
+        merged = merge_tiles([boxes for _, boxes in mine], tiles, image.shape[:2], agnostic=s.agnostic)
         return Detections.from_rows(merged[: s.max_det], self.names)
 
 

@@ -225,6 +225,8 @@ def _notebook_display() -> Any:
     """IPython's `display` when running in a notebook, else None."""
     import sys
 
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
+    ipython: Any = sys.modules.get("IPython")
+    if ipython is None:
+        return None
+    shell = ipython.get_ipython()
     return ipython.display.display if shell is not None and "IPKernelApp" in shell.config else None

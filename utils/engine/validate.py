@@ -28,10 +28,14 @@ STAGES = ("pre-process", "inference", "NMS")
 class EvalBatch(Protocol):
     """The part of a data loader's batch that validation reads."""
 
-    images: Tensor  # uint8 [B, 3, H, W]
-    targets: Tensor  # float32 [M, 6]: image in the batch, class, cx, cy, w, h normalized
-    indices: Any  # int [B], image numbers
-    geometries: Sequence[Letterbox | None]
+    @property
+    def images(self) -> Tensor: ...  # uint8 [B, 3, H, W]
+    @property
+    def targets(self) -> Tensor: ...  # float32 [M, 6]: image in the batch, class, cx, cy, w, h normalized
+    @property
+    def indices(self) -> Any: ...  # int [B], image numbers
+    @property
+    def geometries(self) -> Sequence[Letterbox | None]: ...
 
 
 Loss = Callable[[list[Tensor], Tensor], Mapping[str, Tensor]]
@@ -68,7 +72,7 @@ class EvalResult:
     metrics: dict[str, Any]  # as coco_eval.coco_metrics gives them; empty where there are no labels to measure by
     speed_ms: dict[str, float]  # milliseconds per image of each of STAGES
     loss: dict[str, float]  # mean of each loss part over the images, empty without a loss
-    shape: tuple[int, ...]  # of the last batch as the network saw it
+    shape: tuple[int, ...]  # of the first batch as the network saw it
     detections: np.ndarray  # float32 [k, 7]: image number, x1, y1, x2, y2 in source pixels, confidence, class
     curves: Curves | None = None
     confusion: np.ndarray | None = None
@@ -211,7 +215,7 @@ def _run(
         timer.lap(STAGES[2])
         shard.broken += broken
         shard.images += len(images)
-        shard.shape = tuple(images.shape)
+        shard.shape = shard.shape or tuple(images.shape)
         if on_batch is not None:
             on_batch(number, batch, detections)
         for image, geometry, found in zip(batch.indices, batch.geometries, detections, strict=True):

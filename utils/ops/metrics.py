@@ -273,5 +273,5 @@ def confusion_matrix(
     true = np.where(partner[count] >= 0, objects.cls[partner[count]] if len(objects) else nc, nc)
     matrix = np.zeros((nc + 1, nc + 1), np.int64)
     np.add.at(matrix, (predicted, true), 1)
-    np.add.at(matrix, (nc, objects.cls[~met & ~objects.crowd]), 1)
+    matrix[nc, :nc] += np.bincount(objects.cls[~met & ~objects.crowd], minlength=nc)
     return matrix

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.weights import pack_model
+from utils.core.device import loader_workers
 from utils.core.dist import Dist
 from utils.core.errors import UserError
 from utils.core.hyp import Hyp
@@ -43,6 +44,7 @@ class DetectTask:
     def __init__(self, model: nn.Module, spec: DataSpec, config: TrainConfig, hyp: Hyp, dist: Dist) -> None:
         self.model, self.spec, self.config, self.hyp, self.dist = model, spec, config, hyp, dist
         self.imgsz = config.imgsz
+        self.workers = loader_workers(config.workers, config.batch_size)
         self.names: list[str] = ["item"] if config.single_cls else list(spec.names)
         self.stride = int(model.max_stride)  # type: ignore[arg-type]
         check_size(config.imgsz, self.stride)
@@ -95,7 +97,7 @@ class DetectTask:
             np.add.at(per_image, image_of_box(self.train_index), np.asarray(epoch_weights)[self.train_index.cls])
             weights = per_image + 1e-6
         return TrainLoader(
-            self.dataset, self.config.batch_size, workers=self.config.workers, seed=self.config.seed,
+            self.dataset, self.config.batch_size, workers=self.workers, seed=self.config.seed,
             rank=self.dist.rank, world_size=self.dist.world_size, weights=weights, shuffle=not self.config.rect,
         )  # fmt: skip
 
@@ -152,7 +154,7 @@ class DetectTask:
                 self.val_index, self.config.imgsz, self.hyp, augment=False, rect=True, pad=0.5, stride=self.stride
             )
             self._eval_loader = EvalLoader(
-                dataset, self.config.batch_size * 2, workers=self.config.workers,
+                dataset, self.config.batch_size * 2, workers=self.workers,
                 rank=self.dist.rank, world_size=self.dist.world_size,
             )  # fmt: skip
         return self._eval_loader

@@ -1,0 +1,141 @@
+"""Experiment files as checked values: which runs there are, and the command line of each step of a run."""
+
+import itertools
+import os
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils.core.errors import UserError
+from utils.core.files import nearest
+from utils.core.yamls import load_yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+KEYS = ("question", "data", "seeds", "train", "val", "vary", "models", "compare")
+FILES = "published.yaml"  # in the same folder, but no experiment
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its evaluation."""
+
+    experiment: str
+    name: str  # the model, with what is varied: yolov5n@320
+    model: str
+    seed: int
+    train: dict[str, Any]
+    val: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What identifies a row of results.csv."""
+        return self.experiment, self.name, str(self.seed)
+
+    def folder(self, project: Path) -> Path:
+        return project / self.experiment / f"{self.name}-s{self.seed}"
+
+    def train_args(self, project: Path) -> list[str]:
+        """Arguments of train.py."""
+        folder = self.folder(project)
+        own = {"seed": self.seed, "project": relative(folder), "name": "train"}
+        return [*flags({**self.train, **own}), "--exist-ok"]
+
+    def val_args(self, project: Path) -> list[str]:
+        """Arguments of val.py; --save-json keeps the detections for paired comparisons."""
+        folder = self.folder(project)
+        own = {
+            "weights": relative(folder / "train" / "weights" / "best.pt"),
+            "data": self.train["data"],
+            "imgsz": self.train["imgsz"],
+            "project": relative(folder),
+            "name": "val",
+        }
+        kept = {key: self.train[key] for key in ("workers", "device") if key in self.train}
+        return [*flags({**kept, **self.val, **own}), "--exist-ok"]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A file of this folder."""
+
+    name: str
+    question: str
+    runs: tuple[Run, ...]
+    compare: tuple[tuple[str, str], ...] = ()
+    vary: tuple[str, ...] = ()  # e.g. 160, 224, 320: what follows the @ in the names
+    models: tuple[str, ...] = field(default=())
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """Names of the runs to compare, seed by seed."""
+        for a, b in self.compare:
+            for suffix in [f"@{value}" for value in self.vary] or [""]:
+                yield f"{a}{suffix}", f"{b}{suffix}"
+
+
+def data_root() -> Path:
+    """Where the real data sets are: $YOLOV5_SPD_DATA, else ../shared/data beside the repository."""
+    return Path(os.environ.get("YOLOV5_SPD_DATA") or ROOT.parent / "shared" / "data")
+
+
+def relative(path: Path) -> str:
+    """A path as it stands in recorded commands, which are given in the repository."""
+    return os.path.relpath(path, ROOT)
+
+
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """`{imgsz: 64, hyp: [a=1, b=2], rect: true}` as command-line arguments."""
+    args: list[str] = []
+    for key, value in options.items():
+        if value is True:
+            args.append(f"--{key}")
+        elif isinstance(value, (list, tuple)):
+            args += [f"--{key}", *map(str, value)]
+        elif value is not False and value != "":
+            args += [f"--{key}", str(value)]
+    return args
+
+
+def command(program: str, args: Sequence[str]) -> str:
+    """A command line that can be pasted."""
+    return f"python {program} {shlex.join(args)}"
+
+
+def load_experiment(path: Path) -> Experiment:
+    """Read and check one file."""
+    data = load_yaml(path)
+    for key in data:
+        if key not in KEYS:
+            raise UserError(f"{path}: unknown key '{key}'{nearest(str(key), KEYS)}")
+    for key in ("question", "data", "models"):
+        if not data.get(key):
+            raise UserError(f"{path}: '{key}:' is missing")
+    vary = data.get("vary") or {}
+    if len(vary) > 1:
+        raise UserError(f"{path}: 'vary:' names {', '.join(vary)}; expected one option")
+    values: list[Any] = next(iter(vary.values()), [])
+    runs = []
+    for seed, value, (model, own) in itertools.product(
+        data.get("seeds") or [0], values or [None], data["models"].items()
+    ):
+        train = {"data": relative(data_root() / data["data"]), **(data.get("train") or {}), **own}
+        name = model
+        if value is not None:
+            train[next(iter(vary))], name = value, f"{model}@{value}"
+        if train.get("weights"):
+            train["weights"] = relative(data_root() / train["weights"])
+        runs.append(Run(path.stem, name, model, seed, train, dict(data.get("val") or {})))
+    compare = tuple((str(a), str(b)) for a, b in data.get("compare") or [])
+    for model in itertools.chain(*compare):
+        if model not in data["models"]:
+            raise UserError(f"{path}: 'compare:' names '{model}'{nearest(model, data['models']) or ', not a model'}")
+    return Experiment(path.stem, data["question"], tuple(runs), compare, tuple(map(str, values)), tuple(data["models"]))
+
+
+def all_experiments(paths: Sequence[str] = ()) -> list[Experiment]:
+    """The given files, else all of this folder."""
+    files = [Path(path) for path in paths]
+    if not files:
+        files = sorted(path for path in Path(__file__).parent.glob("*.yaml") if path.name != FILES)
+    return [load_experiment(path) for path in files]

@@ -1,0 +1,215 @@
+"""Run experiments in order, each finished run at once a row of results.csv; what is recorded is not run again.
+
+python -m experiments.run                                   all of them, from where they stopped
+python -m experiments.run experiments/small_objects.yaml    one file
+python -m experiments.run --only yolov5-spd-n --list        what there is and what is missing
+python -m experiments.run --smoke                           each run for one tiny epoch on drawn data
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from experiments import ledger
+from experiments.plans import ROOT, Experiment, Run, all_experiments, command, relative
+from utils.core.config import option, parse_config, run_cli
+from utils.core.errors import UserError
+from utils.core.log import LOGGER
+
+SMOKE_TRAIN = {"epochs": 1, "imgsz": 64, "batch-size": 4, "workers": 0, "device": "cpu", "noplots": True}
+SMOKE_VAL = {"batch-size": 4, "workers": 0, "device": "cpu", "noplots": True}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Options of experiments.run."""
+
+    files: list[str] = option([], "experiment files; default: all", nargs="*")
+    only: str = option("", "runs whose name contains this")
+    seeds: list[int] = option([], "only these seeds", nargs="+")
+    list: bool = option(False, "show what is recorded and what is missing, run nothing")
+    smoke: bool = option(False, "one tiny epoch of everything on drawn data; records nothing in the repository")
+    project: str = option("runs/experiments", "folder of the runs")
+    speed_runs: int = option(50, "timed images of the latency measurement; 0: none")
+
+
+class Runner:
+    """Carries out runs and keeps the record."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.project = config, (ROOT / config.project)
+        self.results, self.differences = ledger.RESULTS, ledger.DIFFERENCES
+        if config.smoke:
+            self.project = self.project / "smoke"
+            self.results, self.differences = self.project / "results.csv", self.project / "differences.csv"
+
+    def recorded(self) -> set[tuple[str, str, str]]:
+        """Keys of the rows that exist."""
+        return {(row["experiment"], row["run"], row["seed"]) for row in ledger.read(self.results)}
+
+    def carry_out(self, run: Run) -> None:
+        """Train (or continue), validate, time, record."""
+        folder = run.folder(self.project)
+        folder.mkdir(parents=True, exist_ok=True)
+        train_args, val_args = run.train_args(self.project), run.val_args(self.project)
+        last = folder / "train" / "weights" / "last.pt"
+        begun = last.is_file() and not self.config.smoke
+        started = time.monotonic()
+        self.execute("train.py", ["--resume", relative(last)] if begun else train_args, folder)
+        minutes = (time.monotonic() - started) / 60 if not begun else float("nan")  # a part is not the whole
+        detector = not (folder / "train" / "results.csv").read_text(encoding="utf-8").startswith("epoch,train/cls_loss")
+        self.execute("val.py", [*val_args, *(["--save-json"] if detector else [])], folder)
+        row = {
+            "experiment": run.experiment, "run": run.name, "model": run.model, "seed": run.seed,
+            "imgsz": run.train["imgsz"], "epochs": run.train["epochs"], "train_minutes": minutes,
+            **self.metrics(folder), **self.costs(run, folder, val_args if detector else []),
+            "commit": ledger.commit(), "finished": time.strftime("%Y-%m-%d %H:%M"),
+            "hardware": ledger.hardware(), "software": ledger.software(),
+            "command": " && ".join((command("train.py", train_args), command("val.py", val_args))),
+        }  # fmt: skip
+        ledger.append(self.results, ledger.RESULT_COLUMNS, row)
+
+    def execute(self, program: str, args: Sequence[str], folder: Path) -> None:
+        """Run a verb in the repository with its output in log.txt."""
+        log = folder / "log.txt"
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(f"$ {command(program, args)}\n")
+            file.flush()
+            done = subprocess.run(
+                [sys.executable, program, *args], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False
+            )
+        if done.returncode:
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            raise UserError(f"{program} ended with code {done.returncode}: {lines[-1]} (see {log})")
+
+    @staticmethod
+    def metrics(folder: Path) -> dict[str, float]:
+        """The columns of metrics.json that are recorded."""
+        found = json.loads((folder / "val" / "metrics.json").read_text(encoding="utf-8"))
+        return {key: float(found[key]) for key in ledger.METRICS if found.get(key) is not None}
+
+    def costs(self, run: Run, folder: Path, val_args: Sequence[str]) -> dict[str, float]:
+        """Parameters, GFLOPs at the run's size, and for detectors the latency of single images."""
+        import info
+        from utils.core.config import config_from_kwargs
+
+        best = folder / "train" / "weights" / "best.pt"
+        summary = info.measure(config_from_kwargs(info.InfoConfig, cfg=str(best), imgsz=[run.train["imgsz"]]))
+        costs: dict[str, float] = {"parameters": summary.parameters, "gflops": summary.gflops}
+        if val_args and self.config.speed_runs:
+            task = ["--task", "speed", "--runs", str(self.config.speed_runs), "--name", "speed"]
+            self.execute("val.py", [*val_args, *task], folder)
+            timed = json.loads((folder / "speed" / "speed.json").read_text(encoding="utf-8"))
+            costs["ms_per_image"] = timed["total"]["mean"]
+        return costs
+
+    def compare(self, experiment: Experiment, a: Run, b: Run) -> None:
+        """The paired bootstrap of two finished runs of one seed, one row per metric."""
+        rows = ledger.read(self.differences)
+        if any(
+            (r["experiment"], r["a"], r["b"], r["seed"]) == (experiment.name, a.name, b.name, str(a.seed)) for r in rows
+        ):
+            return
+        weights = [relative(run.folder(self.project) / "train" / "weights" / "best.pt") for run in (a, b)]
+        folder = self.project / experiment.name / f"{a.name}-{b.name}-s{a.seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        args = ["--weights", *weights, "--data", a.train["data"], "--labels", a.name, b.name, "--imgsz"]
+        args += [str(a.train["imgsz"]), "--project", relative(folder), "--name", "compare", "--exist-ok"]
+        if self.config.smoke:
+            args += ["--replicates", "20", "--pictures", "1", "--workers", "0", "--device", "cpu"]
+        self.execute("compare.py", args, folder)
+        found = json.loads((folder / "compare" / "compare.json").read_text(encoding="utf-8"))
+        for metric, interval in found["difference"].items():
+            row = {
+                "experiment": experiment.name, "a": a.name, "b": b.name, "seed": a.seed, "metric": metric,
+                "a_value": _number(found["A"].get(metric)), "b_value": _number(found["B"].get(metric)),
+                "difference": _number(interval["difference"]), "low": _number(interval["low"]),
+                "high": _number(interval["high"]), "commit": ledger.commit(), "finished": time.strftime("%Y-%m-%d %H:%M"),
+            }  # fmt: skip
+            ledger.append(self.differences, ledger.DIFFERENCE_COLUMNS, row)
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def smoke_version(experiment: Experiment, project: Path) -> Experiment:
+    """The same runs, tiny: one seed, one epoch, drawn scenes, no weights from outside."""
+    from utils.data.scenes import write_class_folders, write_dataset
+
+    folders = write_class_folders(project / "data" / "classes", train=4, val=2, size=64)
+    scenes = write_dataset(project / "data" / "scenes", train=8, val=4, size=64)
+    runs = []
+    for run in experiment.runs:
+        classify = run.model.startswith("resnet")
+        data = {"data": relative(folders if classify else scenes), "weights": ""}
+        train = {**run.train, **SMOKE_TRAIN, **data, "hyp": [f"nominal_batch={SMOKE_TRAIN['batch-size']}"]}
+        runs.append(replace(run, train=train, val={**run.val, **SMOKE_VAL}))
+    first = min(run.seed for run in runs)
+    return replace(experiment, runs=tuple(run for run in runs if run.seed == first))
+
+
+def wanted(config: RunConfig, run: Run) -> bool:
+    return config.only in run.name and (not config.seeds or run.seed in config.seeds)
+
+
+def run_all(config: RunConfig) -> list[str]:
+    """Carry out what is missing; returns what failed."""
+    runner, failures = Runner(config), []
+    for experiment in all_experiments(config.files):
+        if config.smoke:
+            experiment = smoke_version(experiment, runner.project)
+        chosen = [run for run in experiment.runs if wanted(config, run)]
+        done = runner.recorded()
+        missing = [run for run in chosen if run.key not in done]
+        LOGGER.info(f"{experiment.name}: {len(chosen) - len(missing)} of {len(chosen)} runs recorded")
+        for run in missing:
+            if config.list:
+                LOGGER.info(f"  missing: {run.name} seed {run.seed}")
+                continue
+            LOGGER.info(f"  {run.name} seed {run.seed}: {command('train.py', run.train_args(runner.project))}")
+            try:
+                runner.carry_out(run)
+            except UserError as error:
+                failures.append(f"{experiment.name} {run.name} seed {run.seed}: {error}")
+                LOGGER.warning(f"  failed: {error}")
+        if not config.list:
+            failures += compare_all(runner, experiment, chosen)
+    return failures
+
+
+def compare_all(runner: Runner, experiment: Experiment, chosen: Sequence[Run]) -> list[str]:
+    """Paired differences of those runs whose two sides are recorded; returns what failed."""
+    done, failures = runner.recorded(), []
+    by_key = {run.key: run for run in chosen if run.key in done}
+    for a, b in experiment.pairs():
+        for seed in sorted({run.seed for run in chosen}):
+            sides = [by_key.get((experiment.name, name, str(seed))) for name in (a, b)]
+            if sides[0] is None or sides[1] is None:
+                continue
+            try:
+                runner.compare(experiment, sides[0], sides[1])
+            except UserError as error:
+                failures.append(f"{experiment.name} {a} against {b}: {error}")
+                LOGGER.warning(f"  failed: {error}")
+    return failures
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; files may stand without --files. Non-zero when a run failed."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args and not args[0].startswith("-"):
+        args.insert(0, "--files")
+    failures = run_all(parse_config(RunConfig, args, "experiments.run", __doc__ or ""))
+    for line in failures:
+        print(f"error: {line}", file=sys.stderr)
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,314 @@
+"""Export a checkpoint to a deployment format, and prove that the file says what PyTorch says.
+
+python export.py --weights runs/train/exp/weights/best.pt --include onnx openvino --data data/demo.yaml
+python export.py --weights best.pt --benchmark --data data/demo.yaml
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models.backends import FORMATS, Format, exportable, load_predictor
+from models.backends.base import DEFAULT_PREPROCESSING, DYNAMIC_CHOICES, Metadata, Predictor, pair
+from models.backends.graph import ExportJob, NmsSettings, nms_dict
+from models.backends.pictures import choose
+from models.backends.pytorch import PyTorchPredictor
+from models.backends.verify import TOLERANCES, Difference, compare, milliseconds
+from models.fusion import fuse
+from models.weights import LoadedModel, load_model
+from utils.core.config import config_from_kwargs, option, parse_config, run_cli
+from utils.core.device import select_device
+from utils.core.dist import Dist
+from utils.core.errors import UserError
+from utils.core.files import existing_file
+from utils.core.log import LOGGER
+from utils.data.index import LabelIndex, build_index
+from utils.data.spec import load_data
+from utils.engine.evaluation import EvalPlan, evaluate
+from utils.engine.validate import ValSettings
+
+VERSION = "1.0"
+RETIRED = {
+    "--simplify": "the exported graph is always simplified",
+    "--train": "a file always holds the network in evaluation mode",
+    "--inplace": "the graph does not depend on it",
+    "--keras": "TensorFlow formats are not written; use onnx or openvino",
+    "--optimize": "use --include torch_export, whose graph compiles for mobile",
+    "--mlmodel": "Core ML is not written; use onnx",
+    "--per-tensor": "int8 weights are quantized per channel",
+    "--cache": "TensorRT's timing cache is not used",
+    "--verbose": "errors of the exporters are shown as they are",
+    "--topk-per-class": "use --max-det",
+    "--topk-all": "use --max-det",
+}
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Options of export.py; names and defaults as YOLOv5 users know them."""
+
+    weights: str = option("", "checkpoint: .pt or .safetensors")
+    include: list[str] = option(["onnx"], "formats to write", choices=exportable(), nargs="+")
+    data: str = option("", "data YAML: for verification with AP, for int8 calibration")
+    source: str = option("", "image or folder to verify on instead of --data or the bundled drawn scenes")
+    imgsz: list[int] = option(
+        [], "network size: one number, or height and width; default: what the model was trained for",
+        aliases=("img", "img_size"), nargs="+",
+    )  # fmt: skip
+    batch_size: int = option(1, "images at a time that the file takes", aliases=("batch",))
+    device: str = option(
+        "cpu", "cpu, mps, or a GPU number: TorchScript files and engines run on what they were made on"
+    )
+    half: bool = option(False, "16-bit float weights; inputs and outputs stay 32-bit")
+    int8: bool = option(False, "8-bit weights and activations, calibrated on --data (ONNX, OpenVINO, TensorRT)")
+    dynamic: str = option(
+        "", "axes that may vary; without a value: all", choices=DYNAMIC_CHOICES, nargs="?", const="all"
+    )
+    nms: str = option(
+        "", "NMS inside the file: fixed (max-det rows) or dynamic (as many as there are); without a value: fixed",
+        choices=("fixed", "dynamic"), nargs="?", const="fixed",
+    )  # fmt: skip
+    agnostic_nms: bool = option(False, "with --nms: suppress overlaps across classes")
+    conf_thres: float = option(0.25, "with --nms: smallest confidence", aliases=("conf",))
+    iou_thres: float = option(0.45, "with --nms: IoU", aliases=("iou",))
+    max_det: int = option(300, "with --nms: most detections per image")
+    opset: int = option(18, "ONNX operator set")
+    workspace: float = option(4.0, "memory in GB that TensorRT may use while it builds")
+    fuse: bool = option(True, "fold normalization and SPD into convolutions, which changes no result")
+    verify: bool = option(True, "compare the file with PyTorch on images")
+    images: int = option(8, "images to verify on")
+    calibration_images: int = option(128, "images to calibrate int8 on")
+    output: str = option("", "folder to write to; default: beside the checkpoint")
+    benchmark: bool = option(False, "write all formats and print a table: size, AP, AP_S, ms per image")
+
+
+@dataclass
+class Exported:
+    """What became of one format. `failure` is empty when the file is there and says what PyTorch says."""
+
+    format: Format
+    path: Path
+    failure: str = ""
+    skipped: str = ""  # why it was not tried
+    size_mb: float = float("nan")
+    ms: float = float("nan")
+    difference: Difference | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+Measure = Callable[[Predictor, NmsSettings | None], dict[str, float]]
+
+
+class Export:
+    """One checkpoint on its way to its formats: what is the same for all of them."""
+
+    def __init__(self, cfg: ExportConfig):
+        self.cfg = cfg
+        self.weights = existing_file(cfg.weights, "checkpoint --weights")
+        self.device = select_device(cfg.device)
+        self.loaded = load_model(self.weights, device=str(self.device))
+        self.task = self.loaded.model.task
+        self.nms = self._nms()
+        self.metadata = describe(self.loaded, cfg, self.nms)
+        self.network = self.loaded.model
+        if cfg.fuse and self.task == "detect":
+            self.network = fuse(self.network)
+            for line in self.network.fusion_report:
+                LOGGER.info(f"fusion: {line}")
+        self.network.requires_grad_(False)
+        names, imgsz = self.loaded.names, self.metadata.imgsz
+        self.reference = PyTorchPredictor(self.loaded.model, names, imgsz=imgsz, device=self.device, fuse=False)
+        self.pictures = choose(
+            self.metadata, data=cfg.data, source=cfg.source, count=cfg.images, batch=self.metadata.batch
+        )
+        self.measure: Measure | None = (
+            measure_on(cfg.data, self.metadata) if cfg.data and self.task == "detect" else None
+        )
+        self.expected: dict[str, float] = {}
+
+    def _nms(self) -> NmsSettings | None:
+        cfg = self.cfg
+        if not cfg.nms:
+            return None
+        if self.task != "detect":
+            raise UserError(f"--nms with a model of task {self.task}; it belongs to detectors")
+        return NmsSettings(cfg.conf_thres, cfg.iou_thres, cfg.max_det, cfg.agnostic_nms, cfg.nms)
+
+    def write(self, fmt: Format) -> Exported:
+        """Writes, reads back and compares one format; a failure is reported, not raised, so that the others follow."""
+        folder = Path(self.cfg.output) if self.cfg.output else self.weights.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        done = Exported(fmt, folder / (self.weights.stem + fmt.suffix.rstrip("/")))
+        if self.cfg.int8 and not fmt.int8:
+            done.failure = f"--int8 does not exist for {fmt.title}; it does for {', '.join(_int8_formats())}"
+            return done
+        try:
+            fmt.load_module().export(self._job(done.path))
+            done.size_mb = size_mb(done.path)
+            LOGGER.info(f"{fmt.title}: {done.path} ({done.size_mb:.1f} MB), {self._shapes()}")
+            if self.cfg.verify:
+                self._verify(done)
+        except UserError as error:
+            done.failure = str(error)
+        return done
+
+    def _job(self, path: Path) -> ExportJob:
+        calibration = None
+        if self.cfg.int8:
+            if not self.cfg.data:
+                raise UserError("--int8 needs images to calibrate on: add --data DATA.yaml")
+            calibration = choose(
+                self.metadata, data=self.cfg.data, split="train",
+                count=self.cfg.calibration_images, batch=self.metadata.batch,
+            )  # fmt: skip
+            LOGGER.info(f"int8 calibration on {calibration.origin}")
+        return ExportJob(self.network, self.metadata, path, self.nms, calibration, self.cfg.opset, self.cfg.workspace)
+
+    def _shapes(self) -> str:
+        batch, channels, (height, width) = self.metadata.batch, self.metadata.channels, self.metadata.imgsz
+        free = f", dynamic {self.metadata.dynamic}" if self.metadata.dynamic else ""
+        return f"input images float32 [{batch}, {channels}, {height}, {width}]{free}"
+
+    def _verify(self, done: Exported) -> None:
+        predictor = load_predictor(done.path, device=self.device)
+        tolerance = TOLERANCES[self.metadata.precision]
+        done.difference = compare(self.reference, predictor, self.pictures)
+        failures = done.difference.failures(tolerance)
+        LOGGER.info(f"{done.format.title}: verified on {self.pictures.origin}: {done.difference}")
+        if self.measure is not None:
+            self.expected = self.expected or self.measure(self.reference, self.nms)
+            done.metrics = self.measure(predictor, self.nms)
+            LOGGER.info(
+                f"{done.format.title}: AP {done.metrics['AP']:.4f}, PyTorch {self.expected['AP']:.4f}; "
+                f"AP_S {done.metrics['AP_S']:.4f}, PyTorch {self.expected['AP_S']:.4f} ({self.cfg.data})"
+            )
+            if not abs(done.metrics["AP"] - self.expected["AP"]) <= tolerance.ap:
+                failures.append(f"AP {done.metrics['AP']:.4f} is not PyTorch's {self.expected['AP']:.4f}")
+        if self.cfg.benchmark:
+            done.ms = milliseconds(predictor, next(iter(self.pictures)))
+        done.failure = "; ".join(failures)
+
+
+def describe(loaded: LoadedModel, cfg: ExportConfig, nms: NmsSettings | None) -> Metadata:
+    """The metadata of the files to be written; refuses sizes that the network cannot take."""
+    model, meta = loaded.model, loaded.meta
+    detect = model.task == "detect"
+    if cfg.half and cfg.int8:
+        raise UserError("--half and --int8 together; choose one precision")
+    if cfg.batch_size < 1:
+        raise UserError(f"--batch-size {cfg.batch_size}; expected 1 or more")
+    size = pair(cfg.imgsz or meta.get("imgsz") or 640)
+    stride = model.max_stride if detect else 1
+    if min(size) < stride or any(v % stride for v in size):
+        near = sorted({max(v // stride, 1) * stride for v in size} | {-(-v // stride) * stride for v in size})
+        raise UserError(f"--imgsz {size[0]} {size[1]} is not a multiple of the stride {stride}; usable nearby: {near}")
+    return Metadata(
+        names=tuple(loaded.names),
+        imgsz=size,
+        strides=tuple(model.strides) if detect else (),
+        task=model.task,
+        batch=cfg.batch_size,
+        channels=model.cfg.get("ch", 3),
+        max_stride=stride,
+        dynamic=cfg.dynamic or None,
+        precision="int8" if cfg.int8 else "fp16" if cfg.half else "fp32",
+        nms=nms_dict(nms),
+        preprocessing=dict(meta.get("preprocessing") or DEFAULT_PREPROCESSING),
+        version=VERSION,
+        licence=str(meta.get("licence", "")),
+    )
+
+
+def measure_on(data: str, metadata: Metadata) -> Measure:
+    """A function from a predictor to its AP on the validation split, with the same square letterbox for all of them."""
+    spec = load_data(data)
+    index: LabelIndex = build_index(spec, "val")
+    plan = EvalPlan(imgsz=metadata.imgsz, batch_size=max(metadata.batch, 8), workers=0, rect=False)
+
+    def measure(predictor: Predictor, nms: NmsSettings | None) -> dict[str, float]:
+        settings = ValSettings()
+        if nms is not None:
+            settings = ValSettings(nms.conf_thres, nms.iou_thres, nms.max_det, nms.agnostic, multi_label=False)
+        result = evaluate(predictor, index, list(index.names), plan, settings, Dist.single(predictor.device))
+        return {key: float(result.metrics[key]) for key in ("AP", "AP50", "AP_S")}
+
+    return measure
+
+
+def size_mb(path: Path) -> float:
+    """Size of a file, or of all files in a folder."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sum(p.stat().st_size for p in files) / 1e6
+
+
+def _int8_formats() -> list[str]:
+    return [f.name for f in FORMATS.values() if f.int8]
+
+
+def benchmark_table(rows: Sequence[Exported]) -> str:
+    """The table of --benchmark."""
+    lines = [f"{'format':<14}{'MB':>8}{'AP':>9}{'AP_S':>9}{'ms/image':>10}  note"]
+    for row in rows:
+        ap, ap_s = row.metrics.get("AP", float("nan")), row.metrics.get("AP_S", float("nan"))
+        note = row.failure or row.skipped
+        lines.append(f"{row.format.title:<14}{row.size_mb:>8.1f}{ap:>9.4f}{ap_s:>9.4f}{row.ms:>10.1f}  {note}".rstrip())
+    return "\n".join(lines)
+
+
+def benchmark(export: Export) -> list[Exported]:
+    """All formats that this machine can run, PyTorch first."""
+    native = Exported(FORMATS["pytorch"], export.weights, size_mb=size_mb(export.weights))
+    predictor = PyTorchPredictor(
+        export.loaded.model, export.loaded.names, imgsz=export.metadata.imgsz, device=export.device
+    )
+    native.ms = milliseconds(predictor, next(iter(export.pictures)))
+    if export.measure is not None:
+        native.metrics = export.expected = export.measure(export.reference, export.nms)
+    rows = [native]
+    for fmt in (FORMATS[name] for name in exportable()):
+        absent = [p for p in fmt.requires if importlib.util.find_spec(p) is None]
+        if absent or (export.cfg.int8 and not fmt.int8):
+            reason = f"not tried: {', '.join(absent)} not installed" if absent else "not tried: no int8"
+            rows.append(Exported(fmt, Path(), skipped=reason))
+        else:
+            rows.append(export.write(fmt))
+    return rows
+
+
+def export_with(cfg: ExportConfig) -> list[Exported]:
+    """Whatever the options ask for; the caller looks at `failure`."""
+    if not cfg.weights:
+        raise UserError("no --weights given; train.py writes runs/train/exp/weights/best.pt (no weights are shipped)")
+    if cfg.images < 1 or cfg.calibration_images < 1:
+        raise UserError("--images and --calibration-images need at least 1")
+    export = Export(cfg)
+    if cfg.benchmark:
+        rows = benchmark(export)
+        LOGGER.info(benchmark_table(rows))
+        return rows
+    return [export.write(FORMATS[name]) for name in dict.fromkeys(cfg.include)]
+
+
+def run(**kwargs: Any) -> list[Exported]:
+    """Export from Python: the keywords are the flags, `export.run(weights="best.pt", include=["onnx"])`."""
+    rows = export_with(config_from_kwargs(ExportConfig, **kwargs))
+    failed = [f"{row.format.title}: {row.failure}" for row in rows if row.failure]
+    if failed:
+        raise UserError(" | ".join(failed))
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; a failed export or a mismatch ends with a non-zero exit code."""
+    rows = export_with(parse_config(ExportConfig, argv, "export.py", __doc__ or "", RETIRED))
+    for row in rows:
+        if row.failure:
+            print(f"error: {row.format.title}: {' '.join(row.failure.split())}", file=sys.stderr, flush=True)
+    return int(any(row.failure for row in rows))
+
+
+if __name__ == "__main__":
+    run_cli(main)

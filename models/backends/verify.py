@@ -1,0 +1,179 @@
+"""Does an exported file say what PyTorch says? Numbers on the same pictures, and how far apart they may be."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from models.backends.base import Predictor
+from models.backends.graph import NmsSettings
+from utils.ops.boxes import box_iou, cxcywh_to_xyxy
+from utils.ops.nms import non_max_suppression
+
+CONFIDENT = 0.25
+LEAST_ROWS = 100  # the best rows of an image that are compared even where nothing is confident
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Allowed differences: boxes in pixels, scores, and the fall of AP. None: not judged by it."""
+
+    px: float | None
+    score: float | None
+    ap: float
+    found: float  # share of PyTorch's confident detections that must be found again
+
+
+TOLERANCES = {
+    "fp32": Tolerance(px=0.05, score=0.001, ap=0.001, found=1.0),
+    "fp16": Tolerance(px=2.0, score=0.02, ap=0.01, found=1.0),
+    "bf16": Tolerance(px=None, score=None, ap=0.01, found=0.9),
+    "int8": Tolerance(px=None, score=None, ap=0.02, found=0.7),
+}
+
+
+@dataclass
+class Difference:
+    """What a comparison found, in network pixels and probability. `worst` is over all values of the output."""
+
+    px: float = 0.0
+    score: float = 0.0
+    worst: float = 0.0
+    boxes: int = 0
+    detections: int = 0
+    found: int = 0
+    finite: bool = True
+    images: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, other: "Difference") -> None:
+        self.px = max(self.px, other.px)
+        self.score = max(self.score, other.score)
+        self.worst = max(self.worst, other.worst)
+        self.boxes += other.boxes
+        self.detections += other.detections
+        self.found += other.found
+        self.finite &= other.finite
+        self.images += 1
+
+    def failures(self, tolerance: Tolerance) -> list[str]:
+        """What is beyond the tolerance, in words; empty when all is well."""
+        out = [] if self.finite else ["the output holds NaN or infinity"]
+        if tolerance.px is not None and self.px > tolerance.px:
+            out.append(f"boxes differ by {self.px:.3g} px, allowed are {tolerance.px:g}")
+        if tolerance.score is not None and self.score > tolerance.score:
+            out.append(f"scores differ by {self.score:.3g}, allowed are {tolerance.score:g}")
+        if self.found < tolerance.found * self.detections:
+            out.append(f"{self.found} of {self.detections} detections found again, expected {tolerance.found:.0%}")
+        return out
+
+    def __str__(self) -> str:
+        text = f"largest difference {self.worst:.2g} over all outputs"
+        if self.boxes:
+            text += f"; {self.px:.2g} px and {self.score:.2g} in score over {self.boxes} boxes"
+        if self.detections:
+            text += f"; {self.found} of {self.detections} detections found again"
+        return text
+
+
+def compare(reference: Predictor, candidate: Predictor, batches: Iterable[Tensor]) -> Difference:
+    """Runs both on the same batches. `reference` gives raw predictions or logits, `candidate` what its file gives."""
+    total = Difference()
+    for images in batches:
+        expected, given = reference(images).cpu(), candidate(images)
+        for i in range(len(images)):
+            if candidate.task == "classify":
+                total.add(_compare_values(expected[i], given[i].cpu()))
+            elif candidate.end2end:
+                total.add(compare_detections(expected[i], given[i].cpu(), _settings(candidate)))
+            else:
+                total.add(compare_raw(expected[i], given[i].cpu()))
+    return total
+
+
+def _settings(candidate: Predictor) -> NmsSettings:
+    return NmsSettings(**candidate.metadata.nms)
+
+
+def _compare_values(expected: Tensor, given: Tensor) -> Difference:
+    """Logits: the largest difference, that of scores after softmax, and whether the first class is the same."""
+    score = (expected.softmax(-1) - given.softmax(-1)).abs().max().item()
+    same = int(expected.argmax() == given.argmax())
+    sure = int(expected.softmax(-1).topk(2).values.diff().abs().item() > 0.05)
+    finite = bool(given.isfinite().all())
+    return Difference(0.0, score, _worst(expected, given), 0, sure, same * sure, finite)
+
+
+def _worst(expected: Tensor, given: Tensor) -> float:
+    return (expected - given).abs().max().item() if expected.numel() else 0.0
+
+
+def compare_raw(expected: Tensor, given: Tensor) -> Difference:
+    """Decoded predictions [N, 5 + nc] of one image: row against row, on PyTorch's confident and best rows."""
+    if expected.shape != given.shape or not given.isfinite().all():
+        note = f"output has shape {list(given.shape)}, expected {list(expected.shape)}"
+        return Difference(finite=False, notes=[note])
+    conf = expected[:, 4] * expected[:, 5:].max(1).values
+    rows = conf.topk(max(int((conf >= CONFIDENT).sum()), min(LEAST_ROWS, len(conf)))).indices
+    px = (cxcywh_to_xyxy(expected[rows, :4]) - cxcywh_to_xyxy(given[rows, :4])).abs().max().item()
+    own, other = (t[rows, 4:5] * t[rows, 5:] for t in (expected, given))
+    detections = [non_max_suppression(t[None], conf_thres=CONFIDENT)[0] for t in (expected, given)]
+    found = _found(*detections, margin=CONFIDENT + 0.02, iou_thres=0.5)
+    return Difference(px, (own - other).abs().max().item(), _worst(expected, given), len(rows), *found)
+
+
+def compare_detections(expected: Tensor, given: Tensor, nms: NmsSettings) -> Difference:
+    """Raw predictions [N, 5 + nc] of PyTorch against rows [n, 6] of a file with NMS inside, for one image.
+
+    Where two boxes have nearly the same score, rounding may decide which one suppresses the other. So a given box must
+    equal one of PyTorch's boxes before NMS, and each of PyTorch's boxes after NMS must be there or be suppressed by one
+    that is.
+    """
+    if not given.isfinite().all():
+        return Difference(finite=False)
+    conf, labels = (expected[:, 4:5] * expected[:, 5:]).max(1)
+    boxes = cxcywh_to_xyxy(expected[:, :4])
+    result = Difference(boxes=len(given))
+    for row in given:
+        likely = (labels == int(row[5])) & (conf > nms.conf_thres / 2)
+        if not likely.any():
+            return Difference(px=float("inf"), score=1.0, worst=float("inf"), boxes=len(given))
+        px, score = (boxes[likely] - row[:4]).abs().amax(1), (conf[likely] - row[4]).abs()
+        best = (px + 100 * score).argmin()
+        result.px, result.score = max(result.px, px[best].item()), max(result.score, score[best].item())
+    result.worst = max(result.px, result.score)
+    own = non_max_suppression(
+        expected[None], conf_thres=nms.conf_thres, iou_thres=nms.iou_thres, max_det=nms.max_det, agnostic=nms.agnostic
+    )[0]
+    full = len(own) >= nms.max_det
+    result.detections, result.found = (
+        (0, 0)
+        if full
+        else _found(own, given, margin=nms.conf_thres + 0.02, iou_thres=0.95 * nms.iou_thres, agnostic=nms.agnostic)
+    )
+    return result
+
+
+def _found(own: Tensor, given: Tensor, margin: float, iou_thres: float, agnostic: bool = False) -> tuple[int, int]:
+    """How many of `own` [n, 6] are above `margin`, and how many of those overlap a box of their class in `given`."""
+    own = own[own[:, 4] > margin]
+    if not len(own) or not len(given):
+        return len(own), 0
+    overlap = box_iou(own[:, :4], given[:, :4]) >= iou_thres
+    same = torch.ones_like(overlap) if agnostic else own[:, None, 5] == given[None, :, 5]
+    return len(own), int((overlap & same).any(1).sum())
+
+
+def milliseconds(predictor: Predictor, images: Tensor, runs: int = 10) -> float:
+    """Median time of one call per image, after a warm-up."""
+    predictor(images)
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        predictor(images)
+        if predictor.device.type == "cuda":
+            torch.cuda.synchronize(predictor.device)
+        times.append(time.perf_counter() - start)
+    return 1000 * sorted(times)[len(times) // 2] / len(images)

@@ -1,0 +1,182 @@
+"""Trained weights in another architecture: equal functions where the conversion says so, and a report of the rest."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from models import build_model, find_cfg
+from models.conversion import Initialization, convert_to_spd, initialise
+from models.merge import output_moments
+from models.weights import LoadedModel, load_model
+from models.yolo import DetectionModel
+from utils.core.yamls import load_yaml
+
+
+def network(cfg: str, nc: int = 4, **changes: Any) -> DetectionModel:
+    """A narrow network of a model YAML with BatchNorm statistics that are not trivial, in eval mode."""
+    model = build_model({**load_yaml(find_cfg(cfg)), "width_multiple": 0.125, **changes}, nc=nc)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return model.eval()
+
+
+def start(source: DetectionModel, target: nn.Module) -> Initialization:
+    return initialise(target, LoadedModel(source, [f"n{i}" for i in range(source.nc)], {}))
+
+
+def image(height: int = 96, width: int = 64) -> Tensor:
+    return torch.rand(1, 3, height, width)
+
+
+def assert_equal_outputs(a: DetectionModel, b: DetectionModel, x: Tensor) -> None:
+    with torch.no_grad():
+        for p, q in zip(a(x), b(x), strict=True):
+            assert (p - q).abs().max() <= 2e-5 * p.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "sites"), [("yolov5n", "yolov5-spd-n", 7), ("yolov5n-p2", "yolov5-spd-n-p2", 8)]
+)
+def test_conversion_preserves_the_function(source: str, target: str, sites: int) -> None:
+    """Raw outputs of the two networks agree to float rounding, in every pixel, for several image shapes."""
+    a = network(source, anchors=load_yaml(find_cfg("yolov5n"))["anchors"]) if "p2" not in source else network(source)
+    b = network(target)
+    report = start(a, b)
+    assert report.kind == "conversion" and f"of {sites} sites" in report.lines[0]
+    assert report.exact == ("p2" not in source or torch.equal(a.anchors, b.anchors))
+    for shape in ((96, 64), (64, 160)):
+        assert_equal_outputs(a, b, image(*shape))
+    assert any("training mode" in line for line in report)
+
+
+def test_the_new_blocks_start_at_zero_and_learn() -> None:
+    """C3's 1x1 kernels take the old weights on block (0, 0) and zeros elsewhere; those zeros receive gradients."""
+    a, b = network("yolov5n"), network("yolov5-spd-n")
+    start(a, b)
+    kernel, old = b.model[3].cv1.conv.weight, a.model[2].cv1.conv.weight
+    channels = old.shape[1]
+    assert torch.equal(kernel[:, :channels], old) and not kernel[:, channels:].any()
+    sum(m.square().mean() for m in b(image())).backward()
+    assert kernel.grad is not None and bool((kernel.grad[:, channels:] != 0).any())
+
+
+def test_spdconv_keeps_stem_and_backbone_and_names_the_rest() -> None:
+    """Features of the backbone and the finest level are equal; the two neck sites are reported as not preserved."""
+    a, b = network("yolov5n"), network("yolov5-spdconv-n")
+    report = start(a, b)
+    assert report.kind == "conversion" and not report.exact and "of 5 sites" in report.lines[0]
+    assert sum("not preserved" in line for line in report) == 2
+    features: dict[str, dict[int, Tensor]] = {"a": {}, "b": {}}
+    for key, model, rows in (("a", a, (0, 2, 4, 6, 9, 17)), ("b", b, (0, 3, 6, 9, 13, 21))):
+        for number, row in enumerate(rows):
+            model.model[row].register_forward_hook(
+                lambda m, i, out, key=key, number=number: features[key].__setitem__(number, out)
+            )
+    x = image()
+    with torch.no_grad():
+        p, q = a(x), b(x)
+    for number, value in features["a"].items():
+        assert torch.allclose(value, features["b"][number], atol=2e-5 * float(value.abs().max()))
+    assert torch.allclose(p[0], q[0], atol=1e-4)
+
+
+def test_a_merge_is_much_nearer_than_nothing() -> None:
+    """The two coarse levels correlate with the source's; with the neck's readers left at random they would not."""
+    a, b = network("yolov5n"), network("yolov5-spdconv-n")
+    start(a, b)
+    with torch.no_grad():
+        x = image()
+        for p, q in list(zip(a(x), b(x), strict=True))[1:]:
+            assert torch.corrcoef(torch.stack((p.flatten(), q.flatten())))[0, 1] > 0.5
+
+
+def test_moments_of_an_activation() -> None:
+    """Mean and deviation of SiLU of a normal variable, against a large sample."""
+    conv = network("yolov5n").model[1]
+    mean, deviation = output_moments(conv, conv.conv.out_channels)
+    sample = torch.randn(200_000, 1, dtype=torch.float64) * conv.bn.weight.double().abs() + conv.bn.bias.double()
+    y = torch.nn.functional.silu(sample.detach())
+    assert torch.allclose(mean, y.mean(0), atol=0.01) and torch.allclose(deviation, y.std(0), atol=0.01)
+
+
+def test_equal_architectures_are_copied() -> None:
+    a, b = network("yolov5-spd-n"), network("yolov5-spd-n")
+    report = start(a, b)
+    assert report.kind == "copy" and report.exact
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("target", ["yolov5n", "yolov5-spd-n"])
+def test_other_classes_keep_boxes_and_objectness(target: str) -> None:
+    """With another class count the body and the first five outputs of each anchor carry over; the report says so."""
+    a, b = network("yolov5n", nc=4), network(target, nc=7)
+    before = b.head.m[0].bias.detach().clone()
+    report = start(a, b)
+    assert not report.exact and report.transfer.partial and not report.transfer.missing
+    assert any("copied in part: model." in line for line in report)
+    x = image()
+    with torch.no_grad():
+        for p, q in zip(a(x), b(x), strict=True):
+            assert torch.allclose(p[..., :5], q[..., :5], atol=2e-5 * float(p.abs().max()))
+    assert torch.equal(b.head.m[0].bias.view(3, -1)[:, 5:], before.view(3, -1)[:, 5:])
+
+
+def test_anchors_go_with_the_head() -> None:
+    a, b = network("yolov5n"), network("yolov5-spd-n")
+    sizes = torch.arange(18.0).view(3, 3, 2) * 3 + 5
+    a.set_anchors(sizes)
+    report = start(a, b)
+    assert report.exact and torch.allclose(b.anchors, sizes) and any(line.startswith("anchors") for line in report)
+
+
+def test_without_correspondence_the_rest_is_named() -> None:
+    """Another depth of rows, or another width: a partial transfer with reasons, and no half conversion."""
+    a = network("yolov5n")
+    report = start(a, network("yolov5n-p2"))
+    assert report.kind == "transfer" and not report.exact
+    assert "no function-preserving conversion" in report.lines[0]
+    wide = network("yolov5-spd-n", width_multiple=0.25)
+    untouched = {k: v.clone() for k, v in wide.state_dict().items()}
+    report = start(a, wide)
+    assert report.kind == "transfer" and "does not fit" in report.lines[0]
+    assert all(torch.equal(untouched[name], wide.state_dict()[name]) for name in report.transfer.mismatched)
+    assert any("of another shape, left new" in line for line in report)
+
+
+def test_other_activations_are_not_converted() -> None:
+    report = start(network("yolov5n"), network("yolov5-spd-n", activation="nn.ReLU()"))
+    assert report.kind == "transfer" and "activation" in report.lines[0]
+
+
+def test_official_weights_convert_exactly(shared_data: Path) -> None:
+    """The official yolov5n and its conversion: decoded outputs on a real picture agree to 2e-3 pixels."""
+    import cv2
+
+    path = shared_data / "weights" / "yolov5n.pt"
+    if not path.is_file():
+        pytest.skip(f"needs {path}")
+    loaded = load_model(path)
+    target = build_model("yolov5-spd-n").eval()
+    report = convert_to_spd(loaded.model.state_dict(), loaded.model.cfg, target)
+    assert report.exact
+    picture = cv2.resize(cv2.imread(str(shared_data / "images" / "bus.jpg")), (320, 320))[..., ::-1].copy()
+    x = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
+    with torch.no_grad():
+        assert (loaded.model.predict(x) - target.predict(x)).abs().max() < 2e-3
+
+
+def test_conversion_leaves_the_source_alone() -> None:
+    a = network("yolov5n")
+    before = {k: v.clone() for k, v in a.state_dict().items()}
+    start(a, network("yolov5-spd-n"))
+    assert all(torch.equal(before[k], v) for k, v in a.state_dict().items())
+    x = image()
+    assert all(torch.equal(p, q) for p, q in zip(a(x), functional_call(a, before, (x,)), strict=True))

@@ -1,0 +1,118 @@
+"""Converters: what goes in comes out, what a format cannot hold is counted, and the source stays as it was."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import convert_data
+from utils.core.errors import UserError
+from utils.data.index import build_index
+from utils.data.spec import load_data
+
+
+def index_of(path, split="train"):
+    return build_index(load_data(path), split)
+
+
+def same_labels(a, b, atol=0.01, crowds=True):
+    assert len(a) == len(b) and a.names == b.names
+    for i in range(len(a)):
+        cls, boxes, crowd = a.labels(i)
+        keep = np.ones(len(cls), bool) if crowds else ~crowd
+        assert np.array_equal(cls[keep], b.labels(i)[0])
+        np.testing.assert_allclose(boxes[keep], b.labels(i)[1], atol=atol)
+
+
+def snapshot(root):
+    return sorted((p, p.lstat().st_mtime_ns, p.lstat().st_size) for p in root.rglob("*"))
+
+
+@pytest.fixture
+def source(tmp_path):
+    root = tmp_path / "source"
+    for part in ("images/train/a", "images/val", "labels/train/a", "labels/val"):
+        (root / part).mkdir(parents=True)
+    for name, size in (
+        ("train/a/x.jpg", (64, 48)),
+        ("train/x.png", (30, 40)),
+        ("train/x.jpg", (9, 9)),
+        ("val/y.jpg", (8, 8)),
+    ):
+        Image.new("RGB", size).save(root / "images" / name)
+    (root / "labels/train/a/x.txt").write_text("1 0.5 0.5 0.25 0.5\n0 0.1 0.1 0.5 0.1 0.5 0.7\n")
+    (root / "labels/train/x.txt").write_text("0 0.333333 0.25 0.1 0.2\n")
+    (root / "d.yaml").write_text("train: images/train\nval: images/val\nnames: ['öne: two', b]\n")
+    return root / "d.yaml"
+
+
+@pytest.mark.parametrize("images", ["link", "copy"])
+def test_yolo_to_coco_and_back(source, tmp_path, images):
+    before = snapshot(source.parent)
+    there = convert_data.run(data=source, to="coco", output=tmp_path / "coco", images=images)
+    back = convert_data.run(
+        data=tmp_path / "coco" / "data.yaml", output=tmp_path / "yolo", images=images, polygons=True
+    )
+    assert snapshot(source.parent) == before
+    first, coco, yolo = (index_of(p) for p in (source, tmp_path / "coco/data.yaml", tmp_path / "yolo/data.yaml"))
+    same_labels(first, coco)
+    same_labels(coco, yolo)
+    for i in range(len(first)):
+        for p, q in zip(first.polygons(i), yolo.polygons(i), strict=True):
+            np.testing.assert_allclose(p, q, atol=0.01)
+    assert there["train"].lost == {} and there["train"].images == 3 and there["train"].boxes == 4
+    assert back["train"].lost == {"image ids": 3, "category ids": 2} and back["train"].renamed == 1
+    assert len(index_of(tmp_path / "yolo/data.yaml", "val")) == 1
+    content = json.loads((tmp_path / "coco/annotations/train.json").read_text())
+    assert sorted(a["id"] for a in content["annotations"]) == [1, 2, 3, 4]
+    assert (tmp_path / "coco/images/train/x.png").is_symlink() == (images == "link")
+
+
+def test_official_coco_to_yolo(shared_data, tmp_path):
+    """The 929 boxes of coco128 survive; crowds, areas and ids are counted as lost."""
+    (tmp_path / "d.yaml").write_text(
+        f"path: {shared_data}/coco128\ntrain: images/train2017\n"
+        "annotations: {train: annotations/instances_train2017.json}\n"
+    )
+    result = convert_data.run(data=tmp_path / "d.yaml", output=tmp_path / "out")["train"]
+    assert result.boxes == 929 and result.lost["crowd regions (or difficult objects)"] == 10
+    assert result.lost["polygons (kept with --polygons)"] == 929 and result.lost["image ids"] == 128
+    same_labels(index_of(tmp_path / "d.yaml"), index_of(tmp_path / "out/data.yaml"), crowds=False)
+    official = index_of(shared_data / "coco128/coco128.yaml")
+    assert np.allclose(official.boxes, index_of(tmp_path / "out/data.yaml").boxes, atol=0.01)
+
+
+def test_voc_to_both(tmp_path):
+    for folder in ("JPEGImages", "Annotations"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "JPEGImages" / "a.jpg")
+    item = (
+        "<object><name>b</name>{}<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>11</xmax><ymax>12</ymax></bndbox></object>"
+    )
+    text = f"<annotation>{item.format('')}{item.format('<difficult>1</difficult>')}</annotation>"
+    (tmp_path / "Annotations" / "a.xml").write_text(text)
+    (tmp_path / "d.yaml").write_text("train: JPEGImages\nannotations: {train: Annotations}\nnames: [a, b]\n")
+    yolo = convert_data.run(data=tmp_path / "d.yaml", output=tmp_path / "yolo")["train"]
+    assert yolo.boxes == 1 and yolo.lost == {"crowd regions (or difficult objects)": 1}
+    convert_data.run(data=tmp_path / "d.yaml", to="coco", output=tmp_path / "coco")
+    index = index_of(tmp_path / "coco" / "data.yaml")
+    assert index.boxes.tolist() == [[0, 1, 11, 12]] * 2 and index.crowd.tolist() == [False, True]
+
+
+def test_nothing_is_overwritten_and_nothing_half_made_stays(source, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(UserError, match="exists already"):
+        convert_data.run(data=source, output=tmp_path / "full")
+    (source.parent / "labels/train/x.txt").write_text("9 0.5 0.5 0.1 0.1\n")
+    with pytest.raises(UserError, match="class 9"):
+        convert_data.run(data=source, output=tmp_path / "half")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "source"]
+    with pytest.raises(UserError, match="--output"):
+        convert_data.run(data=source)
+
+
+def test_command_line(source, tmp_path, capsys):
+    assert convert_data.main(["--data", str(source), "--to", "coco", "--output", str(tmp_path / "o")]) == 0
+    assert "lost: nothing" in capsys.readouterr().out

@@ -1,0 +1,141 @@
+"""The experiments: files that are checked, a record that is appended to and never repeated, a page made from it."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from experiments import ledger, report, run
+from experiments.plans import all_experiments, flags, load_experiment
+from utils.core.errors import UserError
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+MINIMAL = (
+    "question: Which?\ndata: d.yaml\ntrain: {imgsz: 64, epochs: 1}\nmodels: {a: {cfg: a.yaml}, b: {cfg: b.yaml}}\n"
+)
+
+
+def row(experiment: str, name: str, seed: int, ap: float) -> dict:
+    return {"experiment": experiment, "run": name, "model": name, "seed": seed, "AP": ap, "AP50": ap, "AP_S": ap,
+            "parameters": 1000, "gflops": 1.5, "train_minutes": 2.0, "ms_per_image": 10.0, "commit": "c",
+            "hardware": "h", "software": "s", "command": f"python train.py --name {name}"}  # fmt: skip
+
+
+def test_all_files_are_valid_and_their_models_exist(root: Path) -> None:
+    experiments = all_experiments()
+    assert {"small_objects", "low_resolution"} <= {experiment.name for experiment in experiments}
+    for experiment in experiments:
+        for one in experiment.runs:
+            assert (root / one.train["cfg"]).is_file(), one
+            assert {"imgsz", "epochs", "data"} <= set(one.train)
+
+
+def test_small_objects_has_its_controls_and_three_seeds(root: Path) -> None:
+    experiment = load_experiment(root / "experiments" / "small_objects.yaml")
+    assert {one.seed for one in experiment.runs} == {0, 1, 2}
+    assert {"yolov5n", "yolov5-spd-n", "yolov5n-matched"} <= set(experiment.models)
+    recipes = {str({k: v for k, v in one.train.items() if k != "cfg"}) for one in experiment.runs}
+    assert len(recipes) == 1, "equal recipe"
+
+
+def test_runs_are_the_product_of_seeds_values_and_models(tmp_path: Path) -> None:
+    text = MINIMAL + "seeds: [3, 4]\nvary: {imgsz: [64, 96]}\ncompare: [[a, b]]\n"
+    experiment = load_experiment(write(tmp_path / "x.yaml", text))
+    assert len(experiment.runs) == 8 and len({one.key for one in experiment.runs}) == 8
+    assert list(experiment.pairs()) == [("a@64", "b@64"), ("a@96", "b@96")]
+    args = experiment.runs[-1].train_args(tmp_path)
+    assert args[args.index("--imgsz") + 1] == "96" and args[args.index("--seed") + 1] == "4"
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [("colour: red", "unknown key"), ("compare: [[a, c]]", "names 'c'"), ("vary: {a: [1], b: [2]}", "one option")],
+)
+def test_bad_files_are_refused(tmp_path: Path, more: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        load_experiment(write(tmp_path / "x.yaml", MINIMAL + more))
+
+
+def test_flags() -> None:
+    assert flags({"a": 1, "b": [1, 2], "c": True, "d": False, "e": ""}) == ["--a", "1", "--b", "1", "2", "--c"]
+
+
+def test_ledger_appends_at_once_and_refuses_other_columns(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    for seed in (0, 1):
+        ledger.append(path, ledger.RESULT_COLUMNS, row("x", "a", seed, 0.25))
+        assert len(ledger.read(path)) == seed + 1
+    assert ledger.read(path)[1]["AP"] == "0.25"
+    with pytest.raises(UserError, match="other columns"):
+        ledger.append(path, ("a", "b"), {"a": 1})
+
+
+def test_recorded_rows_have_the_columns_of_today(root: Path) -> None:
+    for path, columns in ((ledger.RESULTS, ledger.RESULT_COLUMNS), (ledger.DIFFERENCES, ledger.DIFFERENCE_COLUMNS)):
+        if path.is_file():
+            with open(path, newline="", encoding="utf-8") as file:
+                assert tuple(next(csv.reader(file))) == columns
+            for one in ledger.read(path):
+                assert one["commit"] and all("\0" not in value for value in one.values())
+
+
+def test_page_is_made_from_the_record(root: Path, tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "results.md"
+    page.parent.mkdir()
+    page.write_text((root / "docs" / "results.md").read_text())
+    results, differences = tmp_path / "r.csv", tmp_path / "d.csv"
+    for seed, ap in ((0, 0.30), (1, 0.32)):
+        ledger.append(results, ledger.RESULT_COLUMNS, row("small_objects", "yolov5n", seed, ap))
+        ledger.append(results, ledger.RESULT_COLUMNS, row("small_objects", "yolov5-spd-n", seed, ap + 0.05))
+    difference = {"experiment": "small_objects", "a": "yolov5n", "b": "yolov5-spd-n", "seed": 0, "metric": "AP",
+                  "difference": 0.05, "low": 0.01, "high": 0.09}  # fmt: skip
+    ledger.append(differences, ledger.DIFFERENCE_COLUMNS, difference)
+    config = report.ReportConfig(page=str(page), results=str(results), differences=str(differences))
+    text = report.report(config).read_text()
+    assert "0.310 ± 0.014" in text, "mean and sample deviation of 0.30 and 0.32"
+    assert "+0.010 to +0.090" in text and "python train.py --name yolov5n" in text
+    assert "| yolov5n-matched | not run |" in text
+    assert "yolov5n-matched (seed 0)" in text.split("## Not run")[1]
+    assert len(list((tmp_path / "docs" / "figures").glob("small_objects_*.png"))) == 2
+    assert report.report(config).read_text() == text, "rebuilding changes nothing"
+
+
+def test_page_of_the_repository_is_up_to_date(root: Path, tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "results.md"
+    page.parent.mkdir()
+    before = (root / "docs" / "results.md").read_text()
+    page.write_text(before)
+    report.report(report.ReportConfig(page=str(page)))
+    assert page.read_text() == before, "run `make results`"
+
+
+def test_unknown_block_is_refused() -> None:
+    with pytest.raises(UserError, match="expected a"):
+        report.fill("<!-- begin b -->\n<!-- end b -->", {"a": lambda: ""})
+
+
+def smoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *args: str) -> list[dict[str, str]]:
+    assert run.main([*args, "--smoke", "--project", str(tmp_path), "--speed-runs", "2"]) == 0
+    return ledger.read(tmp_path / "smoke" / "results.csv")
+
+
+def test_smoke_run_is_recorded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, root: Path) -> None:
+    args = [str(root / "experiments" / "low_resolution.yaml"), "--only", "yolov5n@160"]
+    (found,) = smoke(monkeypatch, tmp_path, *args)
+    assert found["run"] == "yolov5n@160" and found["AP"] and found["ms_per_image"] and "train.py" in found["command"]
+    assert int(found["parameters"]) > 1e6 and float(found["train_minutes"]) > 0
+    assert smoke(monkeypatch, tmp_path, *args) == [found], "a recorded run is not run again"
+
+
+@pytest.mark.slow
+def test_smoke_of_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = smoke(monkeypatch, tmp_path)
+    expected = {one.key[:2] for experiment in all_experiments() for one in experiment.runs}
+    assert {(found["experiment"], found["run"]) for found in rows} == expected
+    pairs = {(one["a"], one["b"]) for one in ledger.read(tmp_path / "smoke" / "differences.csv")}
+    assert ("yolov5n", "yolov5-spd-n") in pairs

@@ -1,0 +1,307 @@
+"""`train.py` as people run it: the run folder, resuming, kill -9, SIGTERM, torchrun, odd data sets, bad input."""
+
+import csv
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from utils.core.checkpoint import load_checkpoint
+from utils.core.errors import UserError
+from utils.data.scenes import write_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {"cfg": "yolov5n", "epochs": 2, "imgsz": 64, "batch_size": 8, "device": "cpu", "workers": 0, "noplots": True}
+HYP = ["nominal_batch=16", "warmup_epochs=0"]
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("scenes"), train=24, val=8, size=64)
+
+
+@pytest.fixture(scope="session")
+def whole(scenes, tmp_path_factory):
+    """An uninterrupted run with pictures."""
+    project = tmp_path_factory.mktemp("runs")
+    return train.run(**{**SMALL, "noplots": False}, data=scenes, hyp=HYP, project=project, save_every="1")
+
+
+def final(folder):
+    """Every tensor that a finished run ends with."""
+    last = load_checkpoint(folder / "weights" / "last.pt")
+    return {
+        **{f"ema.{k}": v for k, v in last["state"].items()},
+        **{f"raw.{k}": v for k, v in last["train"]["raw"].items()},
+    }
+
+
+def same(a, b):
+    a, b = final(a), final(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_run_folder_holds_what_users_expect(whole):
+    names = {p.relative_to(whole.folder).as_posix() for p in whole.folder.rglob("*") if p.is_file()}
+    expected = {
+        "opt.yaml", "hyp.yaml", "results.csv", "results.png", "labels.jpg", "train_batch0.jpg", "metrics.json",
+        "val_batch0_labels.jpg", "val_batch0_pred.jpg", "confusion_matrix.png", "PR_curve.png", "F1_curve.png",
+        "P_curve.png", "R_curve.png", "weights/best.pt", "weights/last.pt",
+    }  # fmt: skip
+    assert expected <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    rows = list(csv.DictReader((whole.folder / "results.csv").open()))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert {"train/box_loss", "metrics/mAP_0.5:0.95", "metrics/AP_S", "val/obj_loss", "x/lr2"} <= rows[0].keys()
+
+
+def test_workers_do_not_change_the_weights(whole, scenes, tmp_path):
+    other = train.run(**{**SMALL, "workers": 2}, data=scenes, hyp=HYP, project=tmp_path, save_every="0")
+    assert same(whole.folder, other.folder)
+
+
+def test_finished_runs_and_changed_options_are_refused_at_resume(whole):
+    last = str(whole.folder / "weights" / "last.pt")
+    with pytest.raises(UserError, match="batch-size 4 differs"):
+        train.run(resume=last, batch_size=4)
+    with pytest.raises(UserError, match="larger number"):
+        train.run(resume=last, epochs=1)
+    with pytest.raises(UserError, match="cannot be resumed"):
+        train.run(resume=str(whole.best))
+
+
+def _child(options):
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    sys.exit(train.main(options))
+
+
+def options_of(data, project, workers=0):
+    flat = {"--cfg": "yolov5n", "--epochs": 2, "--imgsz": 64, "--batch-size": 8, "--device": "cpu", "--save-every": 1}
+    flat |= {"--data": data, "--project": project, "--workers": workers}
+    return [str(x) for pair in flat.items() for x in pair] + ["--noplots", "--hyp", *HYP]
+
+
+def killed_and_resumed(data, project, delay, workers, number=signal.SIGKILL):
+    """Start a run, send it a signal after `delay` seconds, resume until it ends; returns how often it was killed."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["train"])
+    kills = 0
+    argv = options_of(data, project, workers)
+    while True:
+        last = project / "exp" / "weights" / "last.pt"
+        process = server.Process(
+            target=_child, args=(argv if not last.exists() else ["--resume", str(last), "--workers", str(workers)],)
+        )
+        process.start()
+        if kills == 0:
+            while not last.exists() and process.is_alive():
+                time.sleep(0.01)
+            process.join(delay)
+            if process.is_alive():
+                os.kill(process.pid, number)
+                kills += 1
+        process.join(120)
+        if process.exitcode == 0:
+            return kills
+        assert process.exitcode == (-9 if number == signal.SIGKILL else 75), process.exitcode
+        shutil.rmtree(project / "gone", ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def reference(scenes, tmp_path_factory):
+    """The uninterrupted run in a child of one thread, like the runs that are killed."""
+    project = tmp_path_factory.mktemp("reference")
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["train"])
+    process = server.Process(target=_child, args=(options_of(scenes, project),))
+    process.start()
+    process.join(240)
+    assert process.exitcode == 0
+    return project / "exp"
+
+
+@pytest.mark.parametrize(("delay", "workers", "number"), [(0.2, 0, 9), (0.9, 2, 9), (0.5, 0, signal.SIGTERM)])
+def test_killed_runs_end_like_the_uninterrupted_one(reference, scenes, tmp_path, delay, workers, number):
+    killed_and_resumed(scenes, tmp_path, delay, workers, number)
+    assert same(reference, tmp_path / "exp")
+    assert (reference / "results.csv").read_text() == (tmp_path / "exp" / "results.csv").read_text()
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(reference, scenes, tmp_path):
+    rng, kills = random.Random(0), 0
+    for n in range(20):
+        kills += killed_and_resumed(scenes, tmp_path / str(n), rng.uniform(0, 3.0), n % 2 * 2)
+        assert same(reference, tmp_path / str(n) / "exp"), n
+    assert kills >= 15
+
+
+def torchrun(processes, argv, *extra):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(processes),
+        "--master-port",
+        str(port),
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *extra, "train.py", *argv],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_and_a_killed_rank(scenes, tmp_path):
+    """One of two ranks is killed: the group ends within a minute; with a restart it ends like the uninterrupted run."""
+    plain = torchrun(2, options_of(scenes, tmp_path / "a"))
+    assert plain.wait(300) == 0, plain.communicate()[0]
+    for restarts, expected in ((0, False), (1, True)):
+        project = tmp_path / f"r{restarts}"
+        process = torchrun(2, options_of(scenes, project), "--max-restarts", str(restarts))
+        while not (project / "exp" / "weights" / "last.pt").exists():
+            time.sleep(0.05)
+        time.sleep(0.5)
+        victim = next(
+            pid for pid in children(process.pid) if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes()
+        )
+        os.kill(victim, signal.SIGKILL)
+        started = time.monotonic()
+        code = process.wait(120)
+        if expected:
+            assert code == 0, process.communicate()[0]
+            assert same(tmp_path / "a" / "exp", project / "exp")
+        else:
+            assert code != 0 and time.monotonic() - started < 60
+
+
+def children(pid):
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+def test_a_full_disk_keeps_the_earlier_checkpoint(scenes, tmp_path):
+    """A run folder on a small tmpfs: the second checkpoint does not fit, the first one stays readable."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "train.py", *options_of(scenes, disk)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        last = disk / "exp" / "weights" / "last.pt"
+        while not last.exists():
+            time.sleep(0.02)
+        with (disk / "filler").open("wb") as filler:
+            try:
+                while True:
+                    filler.write(bytes(1 << 20))
+                    filler.flush()
+            except OSError:
+                pass
+        assert process.wait(120) == 1
+        assert "cannot write checkpoint" in process.stderr.read()
+        assert "train" in load_checkpoint(last)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
+
+
+def data_set(folder, images, labels, names=("a", "b")):
+    """A data set from {stem: picture} and {stem: label text}; validation is training."""
+    import cv2
+
+    for kind in ("images", "labels"):
+        (folder / kind).mkdir(parents=True)
+    for stem, image in images.items():
+        cv2.imwrite(str(folder / "images" / f"{stem}.png"), image)
+    for stem, text in labels.items():
+        (folder / "labels" / f"{stem}.txt").write_text(text)
+    spec = folder / "data.yaml"
+    spec.write_text(f"path: .\ntrain: images\nval: images\nnames: {list(names)}\n")
+    return spec
+
+
+def pictures(count, size=64):
+    g = torch.Generator().manual_seed(0)
+    return {f"{i}": torch.randint(0, 255, (size, size, 3), generator=g).byte().numpy() for i in range(count)}
+
+
+def crowd(count):
+    g = torch.Generator().manual_seed(1)
+    rows = torch.rand(count, 4, generator=g) * torch.tensor([0.9, 0.9, 0.05, 0.05]) + 0.03
+    return "".join(f"0 {' '.join(f'{v:.4f}' for v in row)}\n" for row in rows.tolist())
+
+
+@pytest.mark.parametrize(
+    ("count", "labels", "names"),
+    [
+        (1, {"0": "0 .5 .5 .3 .3\n"}, ("a", "b")),
+        (12, {"3": "1 .5 .5 .2 .2\n"}, ("a", "b")),
+        (4, {str(i): "0 .5 .5 .2 .3\n" for i in range(4)}, ("only",)),
+        (2, {"0": crowd(2000), "1": crowd(2000)}, ("a",)),
+    ],
+    ids=["one image", "mostly unlabeled", "one class", "2000 boxes an image"],
+)
+def test_odd_data_sets_train(tmp_path, count, labels, names):
+    spec = data_set(tmp_path / "data", pictures(count), labels, names)
+    result = train.run(**{**SMALL, "epochs": 1}, data=spec, project=tmp_path / "runs")
+    assert result.best.is_file()
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "changes", "part"),
+    [
+        ({}, ("a",), {}, "no label"),
+        ({"0": "5 .5 .5 .2 .2\n"}, ("a",), {}, "class"),
+        ({"0": "0 .5 .5 .2 .2\n"}, ("a",), {"imgsz": 50}, "multiple of the model's largest stride"),
+        ({"0": "0 .5 .5 .2 .2\n"}, ("a",), {"cfg": "yolov5nn"}, "yolov5n"),
+        ({"0": "0 .5 .5 .2 .2\n"}, ("a",), {"weights": "no.pt"}, "no.pt"),
+        ({"0": "0 .5 .5 .2 .2\n"}, ("a",), {"device": "7"}, "CUDA devices"),
+        ({"0": "0 .5 .5 .2 .2\n"}, ("a",), {"amp": "fp16"}, "needs a GPU"),
+        ({"0": "0 .5 .5 .2 .2\n"}, ("a",), {"batch_size": -1}, "CUDA"),
+    ],
+)
+def test_bad_input_is_one_line_before_the_first_step(tmp_path, labels, names, changes, part):
+    spec = data_set(tmp_path / "data", pictures(2), labels, names)
+    with pytest.raises(UserError, match=part) as error:
+        train.run(**{**SMALL, **changes}, data=spec, project=tmp_path / "runs")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rect": True}, {"multi_scale": True}, {"image_weights": True}, {"single_cls": True}, {"freeze": [10]},
+        {"optimizer": "AdamW", "preset": "v7.0"}, {"label_smoothing": 0.1, "save_period": 1}, {"amp": "bf16"},
+    ],
+    ids=lambda c: next(iter(c)),
+)  # fmt: skip
+def test_options_of_yolov5_users(scenes, tmp_path, changes):
+    result = train.run(**{**SMALL, "epochs": 1, **changes}, data=scenes, hyp=HYP, project=tmp_path)
+    state = load_checkpoint(result.best)["state"]
+    assert all(torch.isfinite(v).all() for v in state.values() if v.is_floating_point())
+    if "freeze" in changes:
+        before = load_checkpoint(result.folder / "weights" / "last.pt")["train"]["raw"]
+        torch.manual_seed(0)
+        assert before.keys() >= state.keys()

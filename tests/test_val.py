@@ -1,0 +1,186 @@
+"""val.py as its users call it, on pictures that a predictor without a network can read."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+import val
+from tests.squares import NAMES, SquareFinder, dataset
+from utils.core.errors import UserError
+from utils.engine.coco_eval import TWELVE
+
+QUIET = {"workers": 0, "noplots": True}
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return dataset(tmp_path_factory.mktemp("squares"))
+
+
+@pytest.fixture
+def finder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--weights fixed` is a predictor of one size, anything else one of any size."""
+
+    def load(path, **_):
+        if str(path).startswith("fixed"):
+            return SquareFinder((96, 160) if "wide" in str(path) else (160, 160), fixed=True)
+        return SquareFinder(blind=10.0 if "blind" in str(path) else 0.0)
+
+    monkeypatch.setattr(val, "load_predictor", load)
+
+
+def read(folder: Path, name: str):
+    return json.loads((folder / name).read_text())
+
+
+@pytest.mark.usefixtures("finder")
+def test_a_run_leaves_numbers_and_pictures(squares: Path, tmp_path: Path, capsys):
+    report = val.run(weights="any.pt", data=squares, project=tmp_path, workers=0, batch_size=4)
+    assert report.save_dir == tmp_path / "exp"
+    metrics = read(report.save_dir, "metrics.json")
+    assert set(TWELVE) <= set(metrics) and {"per_class", "speed_ms", "settings", "P", "R", "F1"} <= set(metrics)
+    assert metrics["AP"] > 0.9 and metrics["P"] == metrics["R"] == 1.0 and metrics["AP_L"] is None
+    assert metrics["settings"]["imgsz"] == [160, 160] and metrics["settings"]["conf_thres"] == 0.001
+    rows = list(csv.DictReader((report.save_dir / "per_class.csv").read_text().splitlines()))
+    assert [row["name"] for row in rows] == list(NAMES) and float(rows[0]["AP50"]) == 1.0
+    names = {p.name for p in report.save_dir.iterdir()}
+    curves = {f"{letter}_curve.png" for letter in ("PR", "F1", "P", "R")}
+    assert curves | {"confusion_matrix.png", "confusion_matrix_normalized.png", "confusion_matrix.csv"} <= names
+    assert {"val_batch0_labels.jpg", "val_batch0_pred.jpg", "val_batch1_pred.jpg"} <= names
+    out = capsys.readouterr().out
+    assert "AP_S" in out and "Speed: " in out and "Results saved to" in out
+
+
+@pytest.mark.usefixtures("finder")
+@pytest.mark.parametrize("weights", ["any.pt", "fixed.onnx", "fixed-wide.onnx"])
+@pytest.mark.parametrize("rect", [True, False])
+def test_any_shape_of_input_gives_boxes_in_source_pixels(squares: Path, tmp_path: Path, weights: str, rect: bool):
+    report = val.run(weights=weights, data=squares, project=tmp_path, rect=rect, **QUIET)
+    assert report.metrics["AP50"] == 1.0
+
+
+@pytest.mark.usefixtures("finder")
+def test_saved_predictions_measure_the_same(squares: Path, tmp_path: Path):
+    first = val.run(
+        weights="blind.pt", data=squares, project=tmp_path, save_json=True, save_txt=True, save_conf=True, **QUIET
+    )
+    files = {key: first.save_dir / f"{key}.json" for key in ("predictions", "annotations")}
+    second = val.run(project=tmp_path, noplots=True, **files)
+    assert 0 < first.metrics["AP"] < 0.95
+    for key in (*TWELVE, "P", "R", "F1"):
+        assert second.metrics[key] == pytest.approx(first.metrics[key], abs=2e-3, nan_ok=True), key
+    line = (first.save_dir / "labels" / "picture0.txt").read_text().splitlines()[0].split()
+    assert len(line) == 6 and line[0] in "012" and all(0 <= float(v) <= 1 for v in line[1:])
+    assert not (first.save_dir / "labels" / "picture5.txt").exists()
+
+
+@pytest.mark.usefixtures("finder")
+def test_slices_find_what_the_whole_image_is_too_coarse_for(tmp_path: Path):
+    data = dataset(tmp_path / "large", images=3, hw=(480, 640), count=20)
+    whole = val.run(weights="blind.pt", data=data, project=tmp_path, imgsz=[160], **QUIET)
+    sliced = val.run(weights="blind.pt", data=data, project=tmp_path, imgsz=[160], slice=160, overlap=0.3, **QUIET)
+    assert sliced.metrics["AR_S"] > whole.metrics["AR_S"] + 0.3
+    every = val.run(weights="any.pt", data=data, project=tmp_path, slice=160, overlap=0.3, workers=0)
+    assert every.metrics["R"] == every.metrics["P"] == 1.0
+    assert (every.save_dir / "val_batch0_pred.jpg").exists()
+
+
+@pytest.mark.usefixtures("finder")
+def test_ensemble_augmentation_and_single_class(squares: Path, tmp_path: Path):
+    both = val.run(weights=["any.pt", "blind.pt"], data=squares, project=tmp_path, **QUIET)
+    assert both.metrics["AP50"] == 1.0
+    one = val.run(weights="any.pt", data=squares, project=tmp_path, single_cls=True, **QUIET)
+    assert one.metrics["AP50"] == 1.0 and len(one.metrics["per_class"]) == 1
+
+
+@pytest.mark.usefixtures("finder")
+def test_free_thresholds_bins_and_limits_reach_the_metrics(squares: Path, tmp_path: Path, capsys):
+    flags = ["--iou-thrs", "0.33", "--area-bins", "4", "16", "64", "--max-dets", "1", "2"]
+    flags += ["--area-pixels", "network", "--area-from", "box"]
+    argv = ["--weights", "any.pt", "--data", str(squares), "--project", str(tmp_path), "--workers", "0", "--noplots"]
+    assert val.main(argv + flags) == 0
+    metrics = read(tmp_path / "exp", "metrics.json")
+    assert {"AP33", "AP_4-16", "AP_64+", "AR2"} <= set(metrics) and metrics["settings"]["iou_thrs"] == [0.33]
+    assert metrics["settings"]["area_from"] == "box" and metrics["settings"]["pr_iou"] == 0.33
+    assert "--max-dets" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("finder")
+def test_speed_gives_percentiles_of_each_stage(squares: Path, tmp_path: Path, capsys):
+    report = val.run(weights="any.pt", data=squares, project=tmp_path, task="speed", runs=5)
+    speed = read(report.save_dir, "speed.json")
+    for stage in ("pre-process", "inference", "NMS", "total"):
+        assert 0 < speed[stage]["min"] <= speed[stage]["p50"] <= speed[stage]["p99"]
+    assert speed["shape"] == [1, 3, 160, 160] and "p95" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("finder")
+def test_study_measures_every_size_of_every_model(squares: Path, tmp_path: Path):
+    report = val.run(
+        weights=["any.pt", "blind.pt"], data=squares, project=tmp_path, task="study", sizes=[64, 150], **QUIET
+    )
+    rows = list(csv.DictReader((report.save_dir / "study.csv").read_text().splitlines()))
+    assert [(r["model"], r["imgsz"]) for r in rows] == [
+        ("any", "64"),
+        ("any", "160"),
+        ("blind", "64"),
+        ("blind", "160"),
+    ]
+    assert (report.save_dir / "study.png").exists() and float(rows[1]["AP_S"]) > float(rows[2]["AP_S"])
+
+
+@pytest.mark.usefixtures("finder")
+def test_images_without_labels_can_only_be_predicted(tmp_path: Path):
+    data = dataset(tmp_path / "bare", images=2, labels=False)
+    with pytest.raises(UserError, match="--save-json"):
+        val.run(weights="any.pt", data=data, project=tmp_path, **QUIET)
+    report = val.run(weights="any.pt", data=data, project=tmp_path, save_json=True, **QUIET)
+    assert report.metrics == {} and read(report.save_dir, "predictions.json")
+
+
+@pytest.mark.usefixtures("finder")
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        ({"weights": []}, "no --weights"),
+        ({"task": "test"}, "test"),
+        ({"imgsz": [1, 2, 3]}, "imgsz"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"annotations": "a.json"}, "--predictions"),
+        ({"predictions": "a.json"}, "--annotations"),
+        ({"predictions": "a.json", "annotations": "b.json"}, "b.json"),
+    ],
+)
+def test_mistakes_are_one_line(squares: Path, tmp_path: Path, flags: dict, words: str):
+    options = {"weights": "any.pt", "data": squares, "project": tmp_path, **QUIET, **flags}
+    with pytest.raises(UserError) as e:
+        val.run(**options)
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_model_of_other_classes_is_refused(squares: Path, tmp_path: Path, monkeypatch, capsys):
+    finder = SquareFinder()
+    finder.names = ["one", "two"]
+    monkeypatch.setattr(val, "load_predictor", lambda *_, **__: finder)
+    with pytest.raises(UserError, match="2 classes .* 3"):
+        val.run(weights="x.pt", data=squares, project=tmp_path, **QUIET)
+    finder.names = ["red", "green", "azure"]
+    val.run(weights="x.pt", data=squares, project=tmp_path, **QUIET)
+    assert "azure / blue" in capsys.readouterr().out
+
+
+def test_acceptance_of_existing_predictions(shared_data: Path, tmp_path: Path):
+    folder = shared_data / "cocoapi-val2014-100"
+    argv = ["--predictions", str(folder / "instances_val2014_fakebbox100_results.json")]
+    argv += ["--annotations", str(folder / "instances_val2014_100.json"), "--project", str(tmp_path), "--noplots"]
+    assert val.main(argv) == 0
+    metrics = read(tmp_path / "exp", "metrics.json")
+    expected = read(folder, "expected.json")["bbox"]
+    assert [metrics[key] for key in TWELVE] == pytest.approx(expected, abs=1e-9)
+
+
+def test_old_flags_name_their_replacement():
+    with pytest.raises(UserError, match="--save-txt"):
+        val.main(["--save-hybrid"])

@@ -1,0 +1,247 @@
+"""Search hyper-parameters: many short training runs, a random grid or TPE, pruned by their early epochs.
+
+python tune.py --data data/demo.yaml --cfg models/yolov5-spd-n.yaml --imgsz 160 --epochs 20 --trials 30
+python tune.py --name exp --trials 60        (the same study goes on; start it several times to share the work)
+"""
+
+import csv
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.core.config import config_dict, config_from_kwargs, option, parse_config, run_cli
+from utils.core.errors import UserError
+from utils.core.files import atomic_write
+from utils.core.log import LOGGER
+from utils.core.yamls import dump_yaml, load_yaml
+from utils.engine.search import Range, TrainingRun, load_space, plot_parallel
+
+HERE = Path(__file__).resolve().parent
+SAMPLERS = ("tpe", "random-grid")
+LARGEST_GRID = 4096  # above this, grid points are drawn at random instead of being listed and dealt out
+PER_PROCESS = ("trials", "device", "workers", "project", "name")  # what a process that joins a study may set
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Options of tune.py; those of a study are kept in its folder and hold for every process that joins it."""
+
+    data: str = option("data/demo.yaml", "data YAML")
+    cfg: str = option("", "model YAML")
+    weights: str = option("", "checkpoint to start every trial from")
+    hyp: list[str] = option([], "hyper-parameters that are not searched: a YAML and/or key=value", nargs="+")
+    space: str = option("data/hyps/space.yaml", "YAML of what is searched: ranges or lists of values")
+    sampler: str = option("tpe", "how trials are chosen", choices=SAMPLERS)
+    trials: int = option(30, "finished trials that the study shall have, over all processes")
+    prune: bool = option(True, "end a trial whose epoch is below the median of the earlier ones")
+    prune_after: int = option(3, "epochs that every trial gets")
+    metric: str = option("fitness", "what is maximized: fitness or a column of results.csv (AP_S, mAP_0.5, ...)")
+    epochs: int = option(30, "epochs of a trial")
+    imgsz: int = option(640, "image size in pixels", aliases=("img", "img_size"))
+    batch_size: int = option(16, "images per step", aliases=("batch",))
+    device: str = option("", "cpu, mps, or GPU numbers")
+    workers: int = option(8, "loader processes")
+    seed: int = option(0, "seed of the search and of every trial")
+    train_args: list[str] = option([], "further options of train.py as key=value, e.g. optimizer=AdamW", nargs="+")
+    project: str = option("runs/tune", "folder of studies")
+    name: str = option("exp", "name of the study; an existing one is continued")
+
+    def __post_init__(self) -> None:
+        if self.trials < 1 or self.epochs < 1 or self.prune_after < 1:
+            raise UserError("--trials, --epochs and --prune-after must be 1 or more")
+        for pair in self.train_args:
+            if "=" not in pair:
+                raise UserError(f"--train-args {pair}; expected key=value, e.g. optimizer=AdamW")
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """The study's folder, its best hyper-parameter file, that trial's metric and the number of finished trials."""
+
+    folder: Path
+    best_hyp: Path
+    value: float
+    trials: int
+
+
+class TrialFailed(RuntimeError):
+    """A training run ended with an error."""
+
+
+def open_study(config: TuneConfig, folder: Path, space: dict[str, Range]) -> Any:
+    """The Optuna study in `folder`/study.db. A process that died is noticed by its heartbeat and its trial redone."""
+    try:
+        import optuna
+    except ImportError:
+        raise UserError("tune.py needs the package optuna, which is not installed; pip install optuna") from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        storage = optuna.storages.RDBStorage(
+            f"sqlite:///{folder / 'study.db'}",
+            engine_kwargs={"connect_args": {"timeout": 60}},
+            heartbeat_interval=15,
+            grace_period=60,
+            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=2),
+        )
+    known = {name for name in optuna.get_all_study_names(storage)}
+    seed = config.seed if "tune" not in known else None  # a process that joins must not repeat the first one's draws
+    sampler: Any = optuna.samplers.TPESampler(seed=seed, n_startup_trials=8)
+    if config.sampler == "random-grid":
+        grids = {name: part.grid() for name, part in space.items()}
+        small = math.prod(len(grid) for grid in grids.values()) <= LARGEST_GRID
+        sampler = optuna.samplers.GridSampler(grids, seed) if small else optuna.samplers.RandomSampler(seed)
+    pruner: Any = optuna.pruners.NopPruner()
+    if config.prune:
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=config.prune_after - 1)
+    return optuna.create_study(
+        storage=storage, study_name="tune", direction="maximize", sampler=sampler, pruner=pruner, load_if_exists=True
+    )
+
+
+def suggest(trial: Any, space: dict[str, Range], sampler: str) -> dict[str, float]:
+    """The hyper-parameters of a trial."""
+    values = {}
+    for name, part in space.items():
+        if sampler == "random-grid" or part.values:
+            values[name] = trial.suggest_categorical(name, part.grid())
+        else:
+            values[name] = trial.suggest_float(name, part.low, part.high, log=part.log)
+    return values
+
+
+def train_command(config: TuneConfig, folder: Path, values: dict[str, float]) -> list[str]:
+    """The command line of one trial."""
+    options: dict[str, Any] = {
+        "data": config.data,
+        "cfg": config.cfg,
+        "weights": config.weights,
+        "epochs": config.epochs,
+        "imgsz": config.imgsz,
+        "batch-size": config.batch_size,
+        "device": config.device,
+        "workers": config.workers,
+        "seed": config.seed,
+        "project": folder.parent,
+        "name": folder.name,
+    }
+    command = [sys.executable, str(HERE / "train.py"), "--exist-ok", "--noplots"]
+    for key, value in options.items():
+        command += [f"--{key}", str(value)] if str(value) else []
+    for pair in config.train_args:
+        key, _, value = pair.partition("=")
+        command += [f"--{key}", value]
+    return [*command, "--hyp", *config.hyp, *(f"{name}={value:.6g}" for name, value in values.items())]
+
+
+def run_trial(config: TuneConfig, folder: Path, space: dict[str, Range], trial: Any) -> float:
+    """Train once and report every epoch; the result is the best epoch's metric."""
+    import optuna
+
+    values = suggest(trial, space, config.sampler)
+    run = TrainingRun(train_command(config, folder / f"trial{trial.number}", values), folder / f"trial{trial.number}",
+                      config.metric)  # fmt: skip
+    best = -math.inf
+    try:
+        for epoch, value in run.epochs():
+            best = max(best, value)
+            trial.report(value, epoch)
+            if epoch + 1 < config.epochs and trial.should_prune():
+                LOGGER.info(f"trial {trial.number}: pruned after epoch {epoch} at {config.metric} {value:.4f}")
+                raise optuna.TrialPruned
+    finally:
+        run.stop()
+    if run.problem() or best == -math.inf:
+        raise TrialFailed(run.problem() or "no epoch was finished")
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    LOGGER.info(f"trial {trial.number}: {config.metric} {best:.4f} with {shown}")
+    return best
+
+
+def join(config: TuneConfig) -> tuple[TuneConfig, Path]:
+    """The study's folder and its settings: written by the first process, read by those that join or continue."""
+    folder = Path(config.project) / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = folder / "study.yaml"
+    if settings.is_file():
+        own = {name: value for name, value in config_dict(config).items() if name in PER_PROCESS}
+        return config_from_kwargs(TuneConfig, **{**load_yaml(settings), **own}), folder
+    if not (config.cfg or config.weights):
+        raise UserError("nothing to train: give --cfg models/yolov5-spd-n.yaml, or --weights, or both")
+    dump_yaml(settings, config_dict(config))
+    return config, folder
+
+
+def find(name: str) -> Path:
+    """A YAML by its path, also relative to the project."""
+    return Path(name) if Path(name).is_file() else HERE / name
+
+
+def tune(config: TuneConfig) -> TuneReport:
+    """Run trials until the study has as many as asked for, then write what was found."""
+    config, folder = join(config)
+    space = load_space(find(config.space))
+    study = open_study(config, folder, space)
+    import optuna
+
+    finished = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    failures: list[str] = []
+
+    def objective(trial: Any) -> float:
+        try:
+            value = run_trial(config, folder, space, trial)
+        except TrialFailed as error:
+            failures.append(str(error))
+            LOGGER.warning(f"trial {trial.number} failed: {error}")
+            if len(failures) == 3:
+                told = f"three trials in a row failed, the last with '{error}'; see {folder}/trial*/train.log"
+                raise UserError(told) from error
+            raise
+        failures.clear()
+        return value
+
+    LOGGER.info(f"study {folder}: {len(study.get_trials(states=finished))} of {config.trials} trials finished")
+    if len(study.get_trials(states=finished)) < config.trials:
+        stop = optuna.study.MaxTrialsCallback(config.trials, states=finished)
+        study.optimize(objective, callbacks=[stop], catch=(TrialFailed,))
+    return write_results(config, folder, study.get_trials(states=finished), list(space))
+
+
+def write_results(config: TuneConfig, folder: Path, trials: Sequence[Any], names: Sequence[str]) -> TuneReport:
+    """trials.csv, parallel_coordinates.png and best_hyp.yaml."""
+    rows = [(t, max(t.intermediate_values.values(), default=-math.inf)) for t in trials]
+    whole = [(t, value) for t, value in rows if t.state.name == "COMPLETE"]
+    if not whole:
+        raise UserError(f"{folder}: no trial ran to its end; see trial*/train.log there")
+    with atomic_write(folder / "trials.csv", "w") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["trial", "state", "epochs", config.metric, *names])
+        for t, value in rows:
+            epochs = len(t.intermediate_values)
+            table.writerow([t.number, t.state.name.lower(), epochs, f"{value:.6g}", *(t.params[n] for n in names)])
+    plot_parallel([(t.params, value) for t, value in rows], names, config.metric, folder / "parallel_coordinates.png")
+    best, value = max(whole, key=lambda row: row[1])
+    path = folder / "best_hyp.yaml"
+    dump_yaml(path, load_yaml(folder / f"trial{best.number}" / "hyp.yaml"))
+    LOGGER.info(f"best of {len(rows)}: trial {best.number}, {config.metric} {value:.4f}\nhyper-parameters: {path}")
+    LOGGER.info(f"picture: {folder / 'parallel_coordinates.png'}")
+    return TuneReport(folder, path, value, len(rows))
+
+
+def run(**kwargs: Any) -> TuneReport:
+    """Search from Python: the keywords are the flags, `tune.run(cfg="models/yolov5-spd-n.yaml", trials=10)`."""
+    return tune(config_from_kwargs(TuneConfig, **kwargs))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    tune(parse_config(TuneConfig, argv, "tune.py", __doc__ or ""))
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,151 @@
+"""The classification task: image folders, cross-entropy, top-1 and top-5."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.weights import pack_model
+from utils.core.device import loader_workers
+from utils.core.dist import Dist
+from utils.core.errors import UserError
+from utils.core.hyp import Hyp
+from utils.core.log import LOGGER
+from utils.data.folder import ClassDataset, build_class_index, channel_statistics, note_unused
+from utils.data.loader import Batch, EvalLoader, TrainLoader
+from utils.data.spec import DataSpec
+from utils.engine.classification import (
+    class_table,
+    draw_class_batch,
+    measure,
+    speed_of,
+    validate_classifier,
+    write_class_report,
+)
+from utils.engine.settings import TrainConfig
+from utils.engine.tasks import Evaluation, LossTerm
+
+__all__ = ["ClassifyTask", "validate_classifier"]
+
+METRICS = {"metrics/accuracy_top1": "top1", "metrics/accuracy_top5": "top5", "val/cls_loss": "loss"}
+PREPROCESSING = {"color": "RGB", "layout": "NCHW", "range": [0.0, 1.0], "resize": "short side, center crop"}
+
+
+class ClassifyTask:
+    """Joins a classification data set and a Classifier for the training loop."""
+
+    kind = "classify"
+    loss_names = ("cls",)
+    metric_names = tuple(METRICS)
+
+    def __init__(self, model: nn.Module, spec: DataSpec, config: TrainConfig, hyp: Hyp, dist: Dist) -> None:
+        self.model, self.spec, self.config, self.hyp, self.dist = model, spec, config, hyp, dist
+        self.imgsz = config.imgsz
+        self.workers = loader_workers(config.workers, config.batch_size)
+        self._check_options()
+        self.train_index = dist.main_first(lambda: build_class_index(spec, "train"))
+        self.val_index = dist.main_first(lambda: build_class_index(spec, "val"))
+        self.names = list(self.train_index.names)
+        self._check_size()
+        self.dataset = ClassDataset(self.train_index, config.imgsz, hyp, augment=True, seed=config.seed)
+        self.samples = len(self.dataset)
+        if not config.resume and model.cfg["mean"] == [0.0] * model.cfg["ch"]:  # type: ignore[index]
+            mean, std = dist.main_first(lambda: channel_statistics(self.train_index))
+            model.set_normalization(mean, std)  # type: ignore[operator]
+            LOGGER.info(f"images are normalized by the training set's mean {mean} and deviation {std}")
+        self._eval_loader: EvalLoader | None = None
+
+    def _check_options(self) -> None:
+        config = self.config
+        stride = int(self.model.max_stride)  # type: ignore[arg-type]
+        if config.imgsz % stride:
+            low = max(config.imgsz // stride, 1) * stride
+            raise UserError(
+                f"image size {config.imgsz} is not a multiple of the model's largest stride {stride}; nearest usable "
+                f"sizes are {low} and {low + stride}"
+            )
+        if config.single_cls:
+            raise UserError("--single-cls leaves a classifier nothing to tell apart; remove it")
+        note_unused(config.cache, config.slice)
+        for given, flag in ((config.rect, "--rect"), (config.multi_scale, "--multi-scale")):
+            if given:
+                LOGGER.warning(f"{flag} has no effect on classification")
+
+    def _check_size(self) -> None:
+        """Say so when the images would only be blown up (train.py's default size is that of detectors)."""
+        h, w = self.train_index.image(0).shape[:2]
+        if self.imgsz > 2 * min(h, w):
+            LOGGER.warning(
+                f"images of {h}x{w} are enlarged to {self.imgsz}; --imgsz {min(h, w)} would take them as they are"
+            )
+
+    # ---------------------------------------------------------------- training
+
+    def loader(self, epoch_weights: Sequence[float] | None) -> TrainLoader:
+        weights = None if epoch_weights is None else np.asarray(epoch_weights)[self.train_index.labels] + 1e-6
+        return TrainLoader(
+            self.dataset, self.config.batch_size, workers=self.workers, seed=self.config.seed,  # type: ignore[arg-type]
+            rank=self.dist.rank, world_size=self.dist.world_size, weights=weights,
+        )  # fmt: skip
+
+    def images(self, batch: Batch, device: torch.device, epoch: int, step: int) -> Tensor:
+        return batch.images.to(device, non_blocking=True).float().div_(255)
+
+    def loss(self, outputs: Tensor | None, batch: Batch, global_images: int, dist: Dist) -> LossTerm:
+        if outputs is None:
+            zero = torch.zeros(1, device=dist.device)
+            return LossTerm(zero.sum(), zero)
+        labels = batch.targets[:, 1].long().to(outputs.device, non_blocking=True)
+        smoothing = self.hyp.label_smoothing
+        mean = F.cross_entropy(outputs.float(), labels, reduction="sum", label_smoothing=smoothing) / global_images
+        return LossTerm(mean / self.accumulate, mean.detach().reshape(1))
+
+    @property
+    def accumulate(self) -> int:
+        """Batches of an optimizer step: an optimizer step takes the mean over the nominal batch."""
+        return max(round(self.hyp.nominal_batch / self.config.batch_size), 1)
+
+    # ---------------------------------------------------------------- evaluation
+
+    def evaluate(self, model: nn.Module, dist: Dist, *, folder: Path | None = None) -> Evaluation:
+        amp = dist.device.type == "cuda" and self.config.amp != "off"
+        model.eval()
+
+        def network(images: Tensor) -> Tensor:
+            with torch.autocast(dist.device.type, dtype=torch.float16 if amp else torch.bfloat16, enabled=amp):
+                return model(images)
+
+        result = measure(network, self._validation_loader(), self.val_index, dist)
+        metrics = result.metrics
+        text = class_table(result, per_class=folder is not None and len(self.names) < 50)
+        if folder is not None:
+            text += "\n" + speed_of(result)
+            if dist.is_main:
+                settings = {"data": str(self.spec.yaml), "imgsz": self.imgsz, "split": "val"}
+                write_class_report(folder, result, self.val_index, settings, figures=not self.config.noplots)
+        scores = [float(np.nan_to_num(row["top1"])) for row in metrics["per_class"]]
+        return Evaluation({column: metrics[key] for column, key in METRICS.items()}, metrics["top1"], text, scores)
+
+    def _validation_loader(self) -> EvalLoader:
+        if self._eval_loader is None:
+            dataset = ClassDataset(self.val_index, self.imgsz, self.hyp, augment=False)
+            self._eval_loader = EvalLoader(
+                dataset, self.config.batch_size * 2, workers=self.workers,  # type: ignore[arg-type]
+                rank=self.dist.rank, world_size=self.dist.world_size,
+            )  # fmt: skip
+        return self._eval_loader
+
+    # ---------------------------------------------------------------- pictures and files
+
+    def start_pictures(self, folder: Path) -> None:
+        """Nothing: the class counts are in metrics.json."""
+
+    def batch_picture(self, batch: Batch, path: Path) -> None:
+        draw_class_batch(batch, self.names, path)
+
+    def pack(self, model: nn.Module) -> dict[str, Any]:
+        return pack_model(model, self.names, self.imgsz, data=str(self.spec.yaml.name), preprocessing=PREPROCESSING)
