@@ -13,6 +13,7 @@ import numpy as np
 
 from models.backends import load_predictor
 from utils.core.config import config_dict, config_from_kwargs, option, parse_config, run_cli
+from utils.core.device import select_device
 from utils.core.dist import Dist
 from utils.core.errors import UserError
 from utils.core.files import increment_path
@@ -112,7 +113,7 @@ def from_files(cfg: CompareConfig) -> Sides:
 
 def from_models(cfg: CompareConfig) -> Sides:
     """Both sides by running the models."""
-    dist = Dist.single(Dist.start(cfg.device).device)
+    dist = Dist.single(select_device(cfg.device))
     spec = load_data(cfg.data)
     index = build_index(spec, cfg.task, policy=cfg.policy)
     if not len(index.cls):
@@ -124,6 +125,8 @@ def from_models(cfg: CompareConfig) -> Sides:
     for path, label in zip(cfg.weights, labels_of(cfg), strict=True):
         size = cfg.imgsz or None
         predictor = load_predictor(path, device=dist.device, half=cfg.half, names=spec.names, imgsz=size)
+        if predictor.task != "detect":
+            raise UserError(f"{path} is a classifier; compare.py compares detectors")
         check_classes(predictor, spec.names, spec.yaml.name)
         size = cfg.imgsz or list(predictor.imgsz or predictor.metadata.imgsz)
         plan = EvalPlan((size[0], size[-1]), cfg.batch_size, cfg.workers, True, cfg.slice, cfg.overlap)

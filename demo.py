@@ -24,7 +24,7 @@ from utils.data.scenes import write_dataset, write_video
 from utils.engine.report import write_json
 
 HERE = Path(__file__).resolve().parent
-# A short run wants more and larger steps than COCO's 300 epochs: small batches, and an optimizer that finds its own scale.
+# A run of minutes wants many steps: small batches, and an optimizer that finds its own scale.
 RECIPE = {"lr0": 0.002, "cls": 2.0, "nominal_batch": 8, "warmup_bias_lr": 0.01}
 COLUMNS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
 

@@ -1,11 +1,11 @@
-"""Detect objects in pictures, videos, cameras and streams with any model file; `python detect.py --help`."""
+"""Detect objects in pictures, videos, cameras and streams with any model file; a classifier names whole pictures."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.backends import load_predictor
+from models.backends import Predictor, load_predictor
 from utils.core.config import config_from_kwargs, option, parse_config, run_cli
 from utils.core.device import describe, select_device
 from utils.core.errors import UserError
@@ -14,9 +14,11 @@ from utils.core.log import LOGGER
 from utils.data.frames import Frame, Source
 from utils.data.sources import open_source
 from utils.data.spec import load_data
+from utils.engine.classifying import PictureClassifier
 from utils.engine.draw import Style
 from utils.engine.pipeline import Behind, ahead
 from utils.engine.predict import Detector, PredictSettings, combine
+from utils.engine.records import Forms, Result, class_forms, detection_forms
 from utils.engine.tracking import TRACKERS, Tracking
 from utils.engine.writers import (
     CropWriter,
@@ -31,6 +33,7 @@ from utils.engine.writers import (
 )
 from utils.ops.detections import Detections
 
+Runner = Detector | PictureClassifier
 RETIRED = {
     "--visualize": "feature maps are not drawn; use info.py for the shapes of every layer",
     "--update": "checkpoints need no stripping; export.py writes the deployed file",
@@ -43,14 +46,13 @@ RETIRED = {
 class DetectConfig:
     """Options of detect.py; names and defaults as YOLOv5 users know them."""
 
-    weights: tuple[str, ...] = option((), "model file(s): .pt, .onnx, ...; several are an ensemble", nargs="+")
-    source: tuple[str, ...] = option(
-        (), "picture, video, folder, glob, list file, URL, webcam number, screen", nargs="+"
-    )
+    weights: list[str] = option([], "model file(s): .pt, .onnx, ...; several are an ensemble", nargs="+")
+    source: list[str] = option([], "picture, video, folder, glob, list file, URL, webcam number, screen", nargs="+")
     data: str = option("", "data YAML with the class names, for model files without metadata")
-    imgsz: tuple[int, ...] = option(
-        (640,), "network size: one number, or height and width", aliases=("img", "img_size"), nargs="+"
-    )
+    imgsz: list[int] = option(
+        [], "network size: one number, or height and width; default: what the model was trained for",
+        aliases=("img", "img_size"), nargs="+",
+    )  # fmt: skip
     conf_thres: float = option(0.25, "smallest confidence", aliases=("conf",))
     iou_thres: float = option(0.45, "NMS IoU", aliases=("iou",))
     max_det: int = option(1000, "most detections per picture")
@@ -62,7 +64,7 @@ class DetectConfig:
     save_csv: bool = option(False, "write predictions.csv, a row for each box")
     save_crop: bool = option(False, "write crops/<class>/*.jpg")
     nosave: bool = option(False, "write no annotated pictures and videos")
-    classes: tuple[int, ...] | None = option(None, "only these class numbers", nargs="+")
+    classes: list[int] | None = option(None, "only these class numbers", nargs="+")
     agnostic_nms: bool = option(False, "suppress overlaps across classes")
     augment: bool = option(False, "test-time augmentation: three sizes, one mirrored")
     slice: int = option(0, "cut pictures into tiles of this many pixels (0: do not)")
@@ -101,36 +103,45 @@ def detect(cfg: DetectConfig) -> DetectReport:
         require_gui()
     tracking = Tracking(cfg.track, cfg.conf_thres) if cfg.track else None
     source = open_source(cfg.source, vid_stride=cfg.vid_stride, stream_timeout=cfg.stream_timeout)
-    detector = build_detector(cfg)
+    runner = build_runner(cfg)
+    forms = make_forms(cfg, runner)
     save_dir = make_folder(cfg, source)
-    writers = make_writers(cfg, save_dir, detector.names)
-    view = ViewWriter(Style(cfg.line_thickness, cfg.hide_labels, cfg.hide_conf)) if cfg.view_img else None
+    writers = make_writers(cfg, save_dir, runner.names, forms)
+    view = ViewWriter(forms) if cfg.view_img else None
     boxes = 0
-    behind: Behind[tuple[Frame, Detections]] = Behind(lambda item: write_all(writers, save_dir, *item))
+    behind: Behind[tuple[Frame, Result]] = Behind(lambda item: write_all(writers, save_dir, *item))
     try:
-        for frame, detections, ms in results(source, detector, tracking, cfg.batch_size):
-            boxes += len(detections)
-            LOGGER.info(console_line(frame, detections, ms))
-            behind.put((frame, detections))
+        for frame, result, ms in results(source, runner, tracking, cfg):
+            boxes += len(result) if isinstance(result, Detections) else 0
+            LOGGER.info(console_line(frame, result, ms))
+            behind.put((frame, result))
             if view is not None:
-                view.write(frame, detections)
+                view.write(frame, result)
                 if view.closed:
                     break
     except KeyboardInterrupt:
         LOGGER.info("interrupted; what was found so far is kept")
     finally:
         finish(behind, writers, view, source)
-    return report(source, detector, save_dir, boxes)
+    return report(source, runner, save_dir, boxes)
 
 
-def build_detector(cfg: DetectConfig) -> Detector:
-    """The model file(s) as one warmed-up detector."""
+def build_runner(cfg: DetectConfig) -> Runner:
+    """The model file(s), warmed up: a Detector, or a PictureClassifier where the model is one."""
     device = select_device(cfg.device)
     LOGGER.info(describe(device))
     names = load_data(cfg.data).names if cfg.data else None
-    predictors = [load_predictor(w, device=device, half=cfg.half, names=names, imgsz=cfg.imgsz) for w in cfg.weights]
+    size = cfg.imgsz or None
+    predictors = [load_predictor(w, device=device, half=cfg.half, names=names, imgsz=size) for w in cfg.weights]
+    runner = classifier(cfg, predictors) if predictors[0].task == "classify" else detector(cfg, predictors)
+    runner.warm_up()
+    return runner
+
+
+def detector(cfg: DetectConfig, predictors: list[Predictor]) -> Detector:
+    """Detection with all that the flags ask for."""
     settings = PredictSettings(
-        imgsz=tuple(cfg.imgsz),
+        imgsz=tuple(cfg.imgsz) or predictors[0].imgsz or predictors[0].metadata.imgsz,
         conf_thres=cfg.conf_thres,
         iou_thres=cfg.iou_thres,
         max_det=cfg.max_det,
@@ -140,9 +151,23 @@ def build_detector(cfg: DetectConfig) -> Detector:
         slice_size=cfg.slice,
         overlap=cfg.overlap,
     )
-    detector = Detector(combine(predictors, augment=cfg.augment), settings)
-    detector.warm_up()
-    return detector
+    return Detector(combine(predictors, augment=cfg.augment), settings)
+
+
+def classifier(cfg: DetectConfig, predictors: list[Predictor]) -> PictureClassifier:
+    """The likeliest classes of whole pictures; flags that are about boxes are refused."""
+    about_boxes = ("save_crop", "track", "slice", "augment", "classes")
+    given = next((flag for flag in about_boxes if getattr(cfg, flag)), None)
+    if given or len(predictors) > 1:
+        what = f"--{given.replace('_', '-')}" if given else "an ensemble"
+        raise UserError(f"'{cfg.weights[0]}' is a classifier, which finds no boxes: {what} cannot be used with it")
+    return PictureClassifier(predictors[0], cfg.imgsz, cfg.batch_size)
+
+
+def make_forms(cfg: DetectConfig, runner: Runner) -> Forms:
+    """How this run's results are drawn and written."""
+    style = Style(cfg.line_thickness, cfg.hide_labels, cfg.hide_conf)
+    return detection_forms(style, cfg.save_conf) if isinstance(runner, Detector) else class_forms(style)
 
 
 def make_folder(cfg: DetectConfig, source: Source) -> Path | None:
@@ -154,51 +179,51 @@ def make_folder(cfg: DetectConfig, source: Source) -> Path | None:
     return increment_path(cfg.project, cfg.name, cfg.exist_ok)
 
 
-def make_writers(cfg: DetectConfig, folder: Path | None, names: Sequence[str]) -> list[Writer]:
+def make_writers(cfg: DetectConfig, folder: Path | None, names: Sequence[str], forms: Forms) -> list[Writer]:
     """The outputs that the flags ask for."""
     writers: list[Writer] = []
     if folder is None:
         return writers
     if not cfg.nosave:
-        writers.append(PictureWriter(folder, Style(cfg.line_thickness, cfg.hide_labels, cfg.hide_conf)))
+        writers.append(PictureWriter(folder, forms))
     if cfg.save_txt:
-        writers.append(TextWriter(folder, save_conf=cfg.save_conf))
+        writers.append(TextWriter(folder, forms))
     if cfg.save_crop:
         writers.append(CropWriter(folder, names))
     if cfg.save_csv:
-        writers.append(CsvWriter(folder))
+        writers.append(CsvWriter(folder, forms))
     if cfg.save_json:
-        writers.append(NdjsonWriter(folder))
+        writers.append(NdjsonWriter(folder, forms))
     return writers
 
 
 def results(
-    source: Source, detector: Detector, tracking: Tracking | None, batch_size: int
-) -> Iterator[tuple[Frame, Detections, float]]:
-    """Every frame with its detections and its share of inference time in ms, while the next frames are being read."""
-    size = batch_size if not detector.settings.slice_size else 1
-    batches = source.batches(size)
+    source: Source, runner: Runner, tracking: Tracking | None, cfg: DetectConfig
+) -> Iterator[tuple[Frame, Result, float]]:
+    """Every frame with its result and its share of inference time in ms, while the next frames are being read."""
+    batches = source.batches(1 if cfg.slice else cfg.batch_size)
     for frames in batches if source.live else ahead(batches):
-        before = detector.speed.inference
-        found = detector([frame.image for frame in frames])
-        ms = (detector.speed.inference - before) * 1000 / len(frames)
-        for frame, detections in zip(frames, found, strict=True):
-            yield frame, tracking.update(frame, detections) if tracking else detections, ms
+        before = runner.speed.inference
+        found = runner([frame.image for frame in frames])
+        ms = (runner.speed.inference - before) * 1000 / len(frames)
+        for frame, result in zip(frames, found, strict=True):
+            tracked = tracking.update(frame, result) if tracking and isinstance(result, Detections) else result
+            yield frame, tracked, ms
 
 
-def console_line(frame: Frame, detections: Detections, ms: float) -> str:
+def console_line(frame: Frame, result: Result, ms: float) -> str:
     """`image 1/2 street.jpg: 480x640 3 persons, 1 bus, 12.3ms`; sizes are those of the picture, height first."""
     counter = f" ({frame.index}/{frame.frames or '?'})" if frame.kind == "video" else ""
     h, w = frame.image.shape[:2]
     place = f"{frame.kind} {frame.item}/{frame.items}{counter} {frame.name}"
-    return f"{place}: {h}x{w} {detections.summary()}, {ms:.1f}ms"
+    return f"{place}: {h}x{w} {result.summary()}, {ms:.1f}ms"
 
 
-def write_all(writers: list[Writer], folder: Path | None, frame: Frame, detections: Detections) -> None:
+def write_all(writers: list[Writer], folder: Path | None, frame: Frame, result: Result) -> None:
     """One frame to every writer; a full disk or a missing right is a UserError."""
     try:
         for writer in writers:
-            writer.write(frame, detections)
+            writer.write(frame, result)
     except OSError as error:
         raise UserError(f"cannot write the results to '{folder}': {error.strerror or error}") from error
 
@@ -213,17 +238,17 @@ def finish(behind: Behind[Any], writers: list[Writer], view: ViewWriter | None, 
             writer.close()
 
 
-def report(source: Source, detector: Detector, save_dir: Path | None, boxes: int) -> DetectReport:
+def report(source: Source, runner: Runner, save_dir: Path | None, boxes: int) -> DetectReport:
     """The closing lines."""
     tally = source.tally
     if not tally.frames and tally.failed:
         raise UserError(f"none of the {source.items} source files can be read; the lines above say why")
-    LOGGER.info(str(detector.speed))
+    LOGGER.info(str(runner.speed))
     if save_dir is not None:
         LOGGER.info(f"Results saved to {save_dir}")
     if tally.failed and not source.live:
         LOGGER.warning(f"{len(tally.failed)} of {source.items} source files could not be read")
-    return DetectReport(save_dir, tally.frames, boxes, tuple(tally.failed), detector.speed.ms())
+    return DetectReport(save_dir, tally.frames, boxes, tuple(tally.failed), runner.speed.ms())
 
 
 def run(**kwargs: Any) -> DetectReport:

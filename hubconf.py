@@ -24,6 +24,7 @@ from utils.core.errors import UserError
 from utils.core.log import LOGGER
 from utils.data.frames import redact, url_scheme
 from utils.data.images import read_image
+from utils.engine.classifying import Classification, PictureClassifier
 from utils.engine.predict import Detector, PredictSettings, combine
 from utils.engine.results import Results
 
@@ -49,21 +50,25 @@ class Model:
     def __call__(
         self,
         ims: Any,
-        size: int | tuple[int, int] = 640,
+        size: int | tuple[int, int] | None = None,
         augment: bool = False,
         *,
         batch_size: int = 8,
         slice: int = 0,
         overlap: float = 0.2,
-    ) -> Results:
-        """Detect on a picture or a list of pictures.
+    ) -> Results | list[Classification]:
+        """Detect on a picture or a list of pictures; a classifier gives one `Classification` each instead of `Results`.
 
         A picture is a path, a PIL image, an array [H, W, 3] or [H, W] (uint8, RGB: `cv2.imread(f)[..., ::-1]`), or a
-        tensor [3, H, W] (uint8, or floats in 0..1); a tensor [B, 3, H, W] is B pictures. `size` is the network's.
+        tensor [3, H, W] (uint8, or floats in 0..1); a tensor [B, 3, H, W] is B pictures. `size` is the network's;
+        by default what the model was trained for.
         """
         images, files = load_pictures(ims)
+        imgsz = (size, size) if isinstance(size, int) else tuple(size or ())
+        if self.predictor.task == "classify":
+            return PictureClassifier(self.predictor, imgsz, batch_size)(images)
         settings = PredictSettings(
-            imgsz=(size, size) if isinstance(size, int) else tuple(size),
+            imgsz=imgsz or self.predictor.imgsz or self.predictor.metadata.imgsz,
             conf_thres=self.conf,
             iou_thres=self.iou,
             max_det=self.max_det,
@@ -156,6 +161,8 @@ def _named(cfg: str) -> Callable[..., Any]:
         network = build_model(cfg, nc=classes, ch=channels).eval()
         if not autoshape:
             return network.to(select_device(device or ""))
+        if channels != 3:
+            raise UserError(f"{cfg}: pictures are RGB, but channels={channels}; use autoshape=False for the module")
         if _verbose:
             LOGGER.warning(f"{cfg}: random weights, since none are shipped; load('your/best.pt') gives a trained model")
         names = [f"class{i}" for i in range(classes)]

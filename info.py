@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -19,6 +20,7 @@ from models.weights import load_model
 from utils.core.config import config_from_kwargs, option, parse_config, run_cli
 from utils.core.errors import UserError
 
+DEFAULT_SIZE = 640
 WEIGHTS = (".pt", ".safetensors")
 
 
@@ -41,7 +43,8 @@ def measure(config: InfoConfig) -> Summary:
     else:
         model = build_model(config.cfg, nc=config.nc or None)
         own = None
-    size = _size(config.imgsz, own or model.cfg.get("imgsz") or 640, getattr(model, "max_stride", 1))
+    cfg: dict[str, Any] = getattr(model, "cfg", {})
+    size = _size(config.imgsz, own or cfg.get("imgsz") or DEFAULT_SIZE, getattr(model, "max_stride", 1))
     return summarize(model, size)
 
 

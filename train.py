@@ -6,7 +6,7 @@ torchrun --nproc-per-node 4 train.py --data data/coco.yaml --cfg models/yolov5-s
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from utils.core.log import LOGGER, quiet
 from utils.core.yamls import dump_yaml
 from utils.data.download import fetch
 from utils.data.spec import DataSpec, load_data
+from utils.engine.autobatch import measure_batch_size
 from utils.engine.plots import plot_results
 from utils.engine.runs import find_resume, open_run, resumed_config
 from utils.engine.settings import RETIRED, TrainConfig
@@ -31,7 +32,7 @@ from utils.engine.sinks import Sinks, open_sinks
 from utils.engine.tasks import Evaluation, Task
 from utils.engine.tasks.classify import ClassifyTask
 from utils.engine.tasks.detect import DetectTask
-from utils.engine.trainer import EXIT_INTERRUPTED, Interrupted, Trainer, set_determinism
+from utils.engine.trainer import EXIT_INTERRUPTED, Interrupted, Trainer, precision, set_determinism
 
 HERE = Path(__file__).resolve().parent
 PRESET_HYP = {"v6.0": "hyp.scratch.yaml", "v7.0": "hyp.scratch-low.yaml"}
@@ -93,6 +94,9 @@ def train(config: TrainConfig, dist: Dist, given: set[str]) -> TrainResult:
     else:
         hyp = read_hyp(config)
         model, folder = make_model(config, spec, hyp), None
+        if config.batch_size == -1:
+            fits = measure_batch_size(model, config.imgsz, dist.device, precision(config.amp, dist.device))
+            config = replace(config, batch_size=dist.broadcast(fits) * dist.world_size)
     task: Task = TASKS[model.task](model, spec, config, hyp, dist)  # type: ignore[index]
     folder = folder or open_run(config, dist)
     trainer = Trainer(task, config, hyp, dist, folder)

@@ -26,7 +26,7 @@ from utils.engine.coco_files import coco_annotations, coco_results, found_from_c
 from utils.engine.evaluation import EvalPlan, check_classes, evaluate, iterate_images, predict_settings
 from utils.engine.pictures import BatchPictures
 from utils.engine.predict import Detector, combine
-from utils.engine.report import MANY_CLASSES, speed_line, table, write_json, write_report, write_rows
+from utils.engine.report import MANY_CLASSES, speed_line, summary, table, write_json, write_report, write_rows
 from utils.engine.studies import latency, latency_table, study_line, study_row, write_study
 from utils.engine.validate import EvalResult, ValSettings
 from utils.ops.metrics import confusion_matrix
@@ -141,6 +141,7 @@ def measure_predictions(cfg: ValConfig) -> ValReport:
     used |= {"confusion_conf": defaults.confusion_conf, "confusion_iou": defaults.confusion_iou}
     write_report(folder, result, used, truth.names, figures=not cfg.noplots)
     LOGGER.info(table(metrics, per_class=cfg.verbose or truth.nc < MANY_CLASSES))
+    LOGGER.info(summary(metrics, settings.pr_iou))
     LOGGER.info(f"Results saved to {folder}")
     return ValReport(folder, metrics, {}, result)
 
@@ -200,6 +201,7 @@ def measure(cfg: ValConfig, dist: Dist) -> ValReport:
         save_predictions(cfg, folder, result, index, bool(spec.annotations.get(cfg.task)) and spec.format == "coco")
         if labeled:
             LOGGER.info(table(result.metrics, per_class=cfg.verbose or len(names) < MANY_CLASSES))
+            LOGGER.info(summary(result.metrics, settings.metrics.pr_iou))
         LOGGER.info(speed_line(result.speed_ms, result.shape))
         LOGGER.info(f"Results saved to {folder}")
     return ValReport(folder, result.metrics, result.speed_ms, result)

@@ -42,17 +42,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["YOLOV5_SPD_CACHE"] = str(Path(folder) / "cache")
         spec = load_data(draw(Path(folder), count))
-        seconds = {}
+        seconds, cpu = {}, {}
         runs = {"first scan, 1 process": (True, 0), f"first scan, {available_cores()} processes": (True, None)}
         for name, (rebuild, workers) in {**runs, "cached start": (False, None)}.items():
-            began = time.perf_counter()
+            began, busy = time.perf_counter(), sum(os.times()[:4])
             index = build_index(spec, "train", rebuild=rebuild, workers=workers)
-            seconds[name] = time.perf_counter() - began
+            seconds[name], cpu[name] = time.perf_counter() - began, sum(os.times()[:4]) - busy
             assert len(index) == count and not index.report.counts
         print(f"\n{count:,} images with a label file each, {len(index.cls):,} boxes, {index.nbytes / 1e6:.1f} MB in memory")
-        print(f"{'':<28}{'seconds':>10}{'label files/s':>16}")
+        print(f"{'':<28}{'seconds':>10}{'label files/s':>16}{'CPU seconds':>14}")
         for name, value in seconds.items():
-            print(f"{name:<28}{value:>10.2f}{count / value:>16,.0f}")
+            print(f"{name:<28}{value:>10.2f}{count / value:>16,.0f}{cpu[name]:>14.2f}")
+        print(f"load average of the last minute: {os.getloadavg()[0]:.1f} on {available_cores()} cores")
     print(json.dumps({"benchmark": "index", "files": count, **{k: round(v, 3) for k, v in seconds.items()}}))
 
 

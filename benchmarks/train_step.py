@@ -2,16 +2,15 @@
 
     python benchmarks/train_step.py [--models yolov5-spd-n yolov5-spd-s] [--imgsz 320] [--batch-size 8] [--rounds 9]
 
-`plain` is what the published code does: contiguous maps, float32, SPD as four slices and a concatenation. Against it stand
-this project's layout (channels_last) in float32 and under bfloat16 autocast. Rounds alternate between them, so that a busy
-machine disturbs all alike; the medians are reported. First all take the same steps from the same weights, and the
+`plain` is what the published code does: contiguous maps, float32, SPD as four slices and a concatenation. Against it
+stand this project's layout (channels_last) in float32 and under bfloat16 autocast. Rounds alternate between them, so that
+a busy machine disturbs all alike; the medians are reported. First all take the same steps from the same weights, and the
 largest relative difference of their losses is shown. Peak memory is measured in a process of its own for each. The last
 line is the result as JSON.
 """
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -137,13 +136,21 @@ def memory_of(name: str, variant: str, batch: int, imgsz: int, device: torch.dev
 
 def peak_memory(name: str, variant: str, batch: int, imgsz: int, device: torch.device) -> float:
     """The same, measured in this process."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident()
     step = stepper(name, variant, batch, imgsz, device)
     for i in range(2):
         step(i)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / MEGABYTE
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / MEGABYTE
+    return (peak_resident() - before) / MEGABYTE
+
+
+def peak_resident() -> float:
+    """Largest resident size so far of this process, in bytes (of Linux; `ru_maxrss` would begin with the parent's)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("error: no VmHWM in /proc/self/status; peak memory can be measured on Linux only")
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
-from models.blocks import C3, BottleneckCSP, C3SPP, Concat, Conv
+from models.blocks import C3, C3SPP, BottleneckCSP, Concat, Conv
 from models.graph import Row
 from models.heads import Detect
 from models.spd import SPD, Scale, scale_pair
@@ -66,14 +66,14 @@ def fuse(model: Network) -> Network:
         _absorb_inside(layers[row.index], f"row {row.index} {row.name}", report)
     graph = _Graph(fused.rows, layers, report)
     graph.fuse_spd()
-    for index in range(len(layers)):
+    for index, layer in enumerate(layers):
         if index not in graph.rows:
             layers[index] = nn.Identity()
-        elif isinstance(layers[index], C3 | C3SPP):
-            layers[index] = merge_c3(layers[index])
+        elif isinstance(layer, C3 | C3SPP):
+            layers[index] = merge_c3(layer)
     for module in layers.modules():
         if isinstance(module, Conv) and hasattr(module.act, "inplace"):
-            module.act.inplace = True
+            setattr(module.act, "inplace", True)  # noqa: B010 - not every activation has it
     fused.rows, fused.fusion_report = list(graph.rows.values()), tuple(report)
     return fused
 
@@ -94,7 +94,7 @@ def fold_batch_norms(network: nn.Module) -> None:
             half = module.cv3.out_channels
             module.cv3 = _scaled(module.cv3, scale[:half], shift[:half])
             module.cv2 = _scaled(module.cv2, scale[half:], shift[half:])
-            module.bn = nn.Identity()
+            module.set_submodule("bn", nn.Identity())
 
 
 def _affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,7 @@ def _conv_like(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, **geometry:
     new = nn.Conv2d(
         weight.shape[1] * int(settings["groups"]),  # type: ignore[call-overload]
         weight.shape[0],
-        tuple(weight.shape[2:]),
+        (weight.shape[2], weight.shape[3]),
         bias=bias is not None,
         device=conv.weight.device,
         dtype=conv.weight.dtype,
@@ -127,7 +127,7 @@ def _conv_like(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, **geometry:
     )
     with torch.no_grad():
         new.weight.copy_(weight)
-        if bias is not None:
+        if bias is not None and new.bias is not None:
             new.bias.copy_(bias)
     return new.requires_grad_(False)
 
@@ -250,7 +250,7 @@ class _Graph:
             layer = self.layers[reader.index]
             for name in _entry_names(layer, 0):
                 conv = _get(layer, name)
-                rest = conv.in_channels - sum(known.get(s, 0) for s in concat.sources)
+                rest = int(conv.in_channels) - sum(known.get(s, 0) for s in concat.sources)
                 widths = [known.get(s, rest) for s in concat.sources]
                 self.put(reader.index, name, _split(conv, widths))
             self.rows[reader.index] = replace(reader, sources=concat.sources, many=True)
@@ -258,14 +258,15 @@ class _Graph:
 
     def absorb(self, spd: Row) -> None:
         """Remove an SPD row: every convolution behind it becomes a strided one on the SPD's input."""
-        scale = self.layers[spd.index].scale
+        scale = _get(self.layers, f"{spd.index}").scale
         for reader in self.readers(spd.index):
             layer = self.layers[reader.index]
             for position in (i for i, s in enumerate(reader.sources) if s == spd.index):
                 for name in _entry_names(layer, position):
                     entry = _get(layer, name)
                     if isinstance(entry, SplitConv2d):
-                        entry.parts[position] = conv = absorb_spd(entry.parts[position], scale)
+                        conv = absorb_spd(_parts(entry)[position], scale)
+                        entry.parts[position] = conv
                     else:
                         conv = absorb_spd(entry, scale)
                         self.put(reader.index, name, conv)
@@ -297,7 +298,7 @@ class _Graph:
             self.absorb(self.rows[index])
 
 
-def _get(layer: nn.Module, name: str) -> nn.Module:
+def _get(layer: nn.Module, name: str) -> Any:
     return layer.get_submodule(name) if name else layer
 
 
@@ -307,21 +308,24 @@ def _split(conv: nn.Conv2d, widths: Sequence[int]) -> SplitConv2d:
     return SplitConv2d([_conv_like(conv, w, conv.bias if i == 0 else None) for i, w in enumerate(weights)])
 
 
-def merge_c3(block: nn.Module) -> nn.Module:
+def merge_c3(block: C3 | C3SPP) -> nn.Module:
     """A C3 of any kind with its two input convolutions as one, where their activations are the same."""
     first, second = block.cv1, block.cv2
     if not isinstance(first.bn, nn.Identity) or repr(first.act) != repr(second.act):
         return block
-    entry = copy.copy(first)
-    entry._modules = dict(first._modules)
-    if isinstance(first.conv, SplitConv2d):
-        entry.conv = SplitConv2d([_stack(a, b) for a, b in zip(first.conv.parts, second.conv.parts, strict=True)])
-    else:
-        entry.conv = _stack(first.conv, second.conv)
+    one, other = _parts(first.conv), _parts(second.conv)
+    stacked = [_stack(a, b) for a, b in zip(one, other, strict=True)]
+    entry = nn.Sequential(SplitConv2d(stacked) if len(stacked) > 1 else stacked[0], first.act)
     return MergedC3(entry, block.m, block.cv3)
+
+
+def _parts(conv: nn.Module) -> list[Any]:
+    """The convolutions of a `SplitConv2d`, or the convolution itself."""
+    return list(conv.parts) if isinstance(conv, SplitConv2d) else [conv]
 
 
 def _stack(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
     """Two convolutions of the same input as one with the outputs of both."""
-    bias = None if first.bias is None else torch.cat((first.bias, second.bias))
+    assert first.bias is not None and second.bias is not None, "batch normalization leaves a bias"
+    bias = torch.cat((first.bias, second.bias))
     return _conv_like(first, torch.cat((first.weight, second.weight)), bias)

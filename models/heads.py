@@ -48,7 +48,7 @@ class Detect(nn.Module):
             bias[:, 4] = math.log(OBJECTS_PER_IMAGE / (640 / stride) ** 2)
             bias[:, 5:] = math.log(CLASS_PRIOR / max(self.nc - 1, 0.01))
             with torch.no_grad():
-                conv.bias[:] = bias.view(-1)
+                conv.get_parameter("bias").copy_(bias.view(-1))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """Feature maps of the levels -> raw maps, each [B, anchors, H, W, 5 + nc]."""

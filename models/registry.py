@@ -19,7 +19,6 @@ from torch import nn
 from utils.core.errors import UserError
 from utils.core.files import nearest
 
-
 Module = TypeVar("Module", bound=nn.Module)
 
 

@@ -54,7 +54,7 @@ class RedFinder:
 
     def __init__(self, *, imgsz: tuple[int, int] | None = None, batch: int | None = None, rows: int = 64):
         self.names, self.strides, self.device = ["tall", "wide"], [8, 16, 32], torch.device("cpu")
-        self.imgsz, self.batch, self.half = imgsz, batch, False
+        self.imgsz, self.batch, self.half, self.task = imgsz, batch, False, "detect"
         self._rows = rows
         self.shapes: list[tuple[int, ...]] = []
 

@@ -31,7 +31,7 @@ def test_the_generator_depends_on_its_place_alone():
 
 def test_draws_cover_the_hyper_parameters_range_evenly():
     rng, hyp = np.random.default_rng(0), Hyp(degrees=10, shear=4, perspective=0.001)
-    warps = [Warp.draw(rng, hyp) for _ in range(4000)]
+    warps = [Warp.draw(rng, hyp) for _ in range(1500)]
     for name, low, high in (
         ("scale", 0.5, 1.5),
         ("translate_x", -0.1, 0.1),
@@ -40,12 +40,12 @@ def test_draws_cover_the_hyper_parameters_range_evenly():
         ("perspective_x", -0.001, 0.001),
     ):
         values = np.array([getattr(w, name) for w in warps])
-        assert low <= values.min() < low + 0.01 * (high - low) and high - 0.01 * (high - low) < values.max() <= high
-        assert abs(values.mean() - (low + high) / 2) < 0.02 * (high - low)
-    flips = [Flip.draw(rng, hyp.replace(flipud=0.1)) for _ in range(4000)]
-    assert abs(np.mean([f.lr for f in flips]) - 0.5) < 0.03 and abs(np.mean([f.ud for f in flips]) - 0.1) < 0.02
-    gains = np.array([[h.hue, h.saturation, h.value] for h in (Hsv.draw(rng, hyp) for _ in range(4000))])
-    assert np.allclose(gains.max(0), [1.015, 1.7, 1.4], atol=0.01) and np.allclose(gains.mean(0), 1, atol=0.02)
+        assert low <= values.min() < low + 0.02 * (high - low) and high - 0.02 * (high - low) < values.max() <= high
+        assert abs(values.mean() - (low + high) / 2) < 0.03 * (high - low)
+    flips = [Flip.draw(rng, hyp.replace(flipud=0.1)) for _ in range(1500)]
+    assert abs(np.mean([f.lr for f in flips]) - 0.5) < 0.05 and abs(np.mean([f.ud for f in flips]) - 0.1) < 0.03
+    gains = np.array([[h.hue, h.saturation, h.value] for h in (Hsv.draw(rng, hyp) for _ in range(1500))])
+    assert np.allclose(gains.max(0), [1.015, 1.7, 1.4], atol=0.01) and np.allclose(gains.mean(0), 1, atol=0.04)
 
 
 def test_without_augmentation_nothing_is_changed():
@@ -269,7 +269,9 @@ def test_copy_paste_covers_nothing_much():
         for number in range(12, len(boxes)):
             others = boxes[:number]
             shared = np.prod(
-                np.maximum(np.minimum(others[:, 2:], boxes[number, 2:]) - np.maximum(others[:, :2], boxes[number, :2]), 0),
+                np.maximum(
+                    np.minimum(others[:, 2:], boxes[number, 2:]) - np.maximum(others[:, :2], boxes[number, :2]), 0
+                ),
                 axis=1,
             )
             assert (shared < 0.3 * np.prod(others[:, 2:] - others[:, :2], axis=1) + 1e-9).all()

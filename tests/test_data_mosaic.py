@@ -159,7 +159,9 @@ def test_reduced_decoding_keeps_the_geometry():
         images, frames = [], []
         for number, (h, w) in enumerate(sizes):
             whole = coordinates((-(-h // level) * level, -(-w // level) * level), number)
-            images.append(cv2.resize(whole, (whole.shape[1] // level, whole.shape[0] // level), interpolation=cv2.INTER_AREA))
+            images.append(
+                cv2.resize(whole, (whole.shape[1] // level, whole.shape[0] // level), interpolation=cv2.INTER_AREA)
+            )
             frames.append(Frame(images[-1].shape[:2], level))
         out = np.empty((SIZE, SIZE, 3), np.float32)
         draw_scene(scene, placements(scene, frames.__getitem__), frames.__getitem__, images.__getitem__, out)

@@ -201,7 +201,7 @@ def run_synthetic(count, folder, monkeypatch, side=96):
     source = Synthetic(count, side)
     settings = PredictSettings(imgsz=(96, 96), batch_size=4)
     monkeypatch.setattr(detect, "open_source", lambda *args, **options: source)
-    monkeypatch.setattr(detect, "build_detector", lambda cfg: Detector(RedFinder(), settings))
+    monkeypatch.setattr(detect, "build_runner", lambda cfg: Detector(RedFinder(), settings))
     return detect.run(weights="x", source="x", project=folder, batch_size=4, save_json=True, save_csv=True)
 
 
@@ -245,6 +245,29 @@ def test_an_interrupt_keeps_what_was_found(tmp_path, monkeypatch, capsys):
     report = run_synthetic(100, tmp_path, monkeypatch)
     assert len(lines_of(report.save_dir / "predictions.ndjson")) == 8
     assert (report.save_dir / "synthetic.mp4").is_file() and "interrupted" in capsys.readouterr().out
+
+
+def test_a_classifier_names_pictures(pictures, tmp_path, capsys):
+    torch.manual_seed(1)
+    names = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]
+    save_checkpoint(tmp_path / "c.pt", pack_model(build_model("resnet18", nc=7), names, 32))
+    out = {"save_txt": True, "save_json": True, "save_csv": True, "project": tmp_path / "runs", "device": "cpu"}
+    report = detect.run(weights=tmp_path / "c.pt", source=pictures, **out)
+    records = lines_of(report.save_dir / "predictions.ndjson")
+    assert report.frames == 3 and report.boxes == 0 and len(records) == 3
+    for record in records:
+        conf = [c["confidence"] for c in record["classes"]]
+        assert len(conf) == 5 and conf == sorted(conf, reverse=True) and sum(conf) <= 1.0001
+    best = records[0]["classes"][0]
+    assert (report.save_dir / "labels" / "a.txt").read_text().splitlines()[
+        0
+    ] == f"{best['confidence']:.4f} {best['name']}"
+    assert len((report.save_dir / "predictions.csv").read_text().splitlines()) == 16
+    assert f"48x64 {best['name']} {best['confidence']:.2f}, " in capsys.readouterr().out
+    assert (cv2.imread(str(report.save_dir / "a.png")) != cv2.imread(str(pictures / "a.png"))).any()
+    for wrong in ({"track": "sort"}, {"slice": 32}, {"save_crop": True}, {"weights": [tmp_path / "c.pt"] * 2}):
+        with pytest.raises(UserError, match="is a classifier"):
+            detect.run(**{"weights": tmp_path / "c.pt", "source": pictures, "device": "cpu", **wrong})
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from utils.core.checkpoint import load_checkpoint
 from utils.core.dist import Dist
 from utils.core.errors import UserError
 from utils.core.hyp import Hyp
+from utils.engine.autobatch import fit_batch_size
 from utils.engine.optim import Schedule
 from utils.engine.sinks import CsvSink
 
@@ -171,3 +172,9 @@ def test_processes_train_the_network_of_one(tmp_path):
     alone = weights(finished(tmp_path / "alone", ToyTask(norm=False)))
     for name, value in alone.items():
         assert torch.allclose(value, shares[0][name], atol=1e-6), name
+
+
+def test_batch_size_fits_the_measured_line():
+    assert fit_batch_size([1, 2, 4], [3.0, 5.0, 9.0], 101.0) == 48  # memory 1 + 2 b; 50 rounded to a multiple of 8
+    assert fit_batch_size([1, 2], [3.0, 5.0], 9.0) == 4
+    assert fit_batch_size([1, 2], [3.0, 5.0], 0.0) == 1

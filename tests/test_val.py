@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 import val
 from tests.squares import NAMES, SquareFinder, dataset
@@ -78,7 +80,7 @@ def test_saved_predictions_measure_the_same(squares: Path, tmp_path: Path):
 
 @pytest.mark.usefixtures("finder")
 def test_slices_find_what_the_whole_image_is_too_coarse_for(tmp_path: Path):
-    data = dataset(tmp_path / "large", images=3, hw=(480, 640), count=20)
+    data = dataset(tmp_path / "large", images=3, hw=(320, 480), count=10)
     whole = val.run(weights="blind.pt", data=data, project=tmp_path, imgsz=[160], **QUIET)
     sliced = val.run(weights="blind.pt", data=data, project=tmp_path, imgsz=[160], slice=160, overlap=0.3, **QUIET)
     assert sliced.metrics["AR_S"] > whole.metrics["AR_S"] + 0.3
@@ -169,6 +171,29 @@ def test_a_model_of_other_classes_is_refused(squares: Path, tmp_path: Path, monk
     finder.names = ["red", "green", "azure"]
     val.run(weights="x.pt", data=squares, project=tmp_path, **QUIET)
     assert "azure / blue" in capsys.readouterr().out
+
+
+def test_a_classifier_is_measured_too(tmp_path: Path, monkeypatch):
+    for name, color in (("green", (0, 200, 0)), ("red", (200, 0, 0))):
+        for split in ("train", "val"):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (40, 40), color).save(folder / f"{i}.png")
+
+    class Colors(SquareFinder):
+        task = "classify"
+
+        def __call__(self, images):
+            return torch.stack([images[:, 1].mean((1, 2)), images[:, 0].mean((1, 2))], 1)
+
+    finder = Colors(imgsz=(32, 32))
+    finder.names = ["green", "red"]
+    monkeypatch.setattr(val, "load_predictor", lambda *_, **__: finder)
+    report = val.run(weights="x.pt", data=tmp_path / "data", project=tmp_path, **QUIET)
+    assert report.metrics["top1"] == 1.0 and (report.save_dir / "metrics.json").exists()
+    with pytest.raises(UserError, match="classifier"):
+        val.run(weights="x.pt", data=tmp_path / "data", task="speed", project=tmp_path, **QUIET)
 
 
 def test_acceptance_of_existing_predictions(shared_data: Path, tmp_path: Path):

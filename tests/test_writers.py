@@ -13,6 +13,7 @@ from utils.core.errors import UserError
 from utils.data.frames import Frame
 from utils.engine import writers
 from utils.engine.draw import Style, annotate, color_of, label_of, text_color
+from utils.engine.records import detection_forms
 from utils.engine.writers import (
     CropWriter,
     CsvWriter,
@@ -26,6 +27,7 @@ from utils.engine.writers import (
 )
 from utils.ops.detections import Detections
 
+FORMS = detection_forms(Style())
 NAMES = ("person", "../evil/path", "b/c", "b_c")
 
 
@@ -89,7 +91,7 @@ def test_labels_name_class_track_and_confidence():
 
 
 def test_text_rows_give_the_boxes_back(tmp_path):
-    writer = TextWriter(tmp_path, save_conf=True)
+    writer = TextWriter(tmp_path, detection_forms(Style(), save_conf=True))
     frame, detections = picture(), some()
     writer.write(frame, detections)
     rows = np.loadtxt(tmp_path / "labels" / "street.txt")
@@ -101,17 +103,17 @@ def test_text_rows_give_the_boxes_back(tmp_path):
 
 
 def test_text_of_videos_has_frame_numbers_and_tracks_and_stale_rows_go(tmp_path):
-    writer = TextWriter(tmp_path)
+    writer = TextWriter(tmp_path, FORMS)
     writer.write(video(1), some(2, track=True))
     writer.write(video(7), some(1))
     assert sorted(p.name for p in (tmp_path / "labels").iterdir()) == ["cars_1.txt", "cars_7.txt"]
     assert (tmp_path / "labels" / "cars_1.txt").read_text().splitlines()[1].split()[5:] == ["0"]
-    TextWriter(tmp_path).write(video(7), some(0))
+    TextWriter(tmp_path, FORMS).write(video(7), some(0))
     assert not (tmp_path / "labels" / "cars_7.txt").exists()
 
 
 def test_equal_names_get_files_of_their_own(tmp_path):
-    writer = TextWriter(tmp_path)
+    writer = TextWriter(tmp_path, FORMS)
     for item, name in enumerate(["a/x.jpg", "b/x.png", "c/X.jpg", "d/x_2.jpg", "e/x.bmp"], 1):
         writer.write(picture(name, item), some(1))
     assert len(list((tmp_path / "labels").iterdir())) == 5 == writer.files
@@ -128,7 +130,7 @@ def test_stems_are_stable_within_a_video():
 
 
 def test_csv_has_a_row_for_each_box(tmp_path):
-    writer = CsvWriter(tmp_path)
+    writer = CsvWriter(tmp_path, FORMS)
     writer.write(video(3), some(2, track=True))
     writer.write(picture(), some(1))
     writer.close()
@@ -140,7 +142,7 @@ def test_csv_has_a_row_for_each_box(tmp_path):
 
 
 def test_ndjson_has_a_line_for_each_frame(tmp_path):
-    writer = NdjsonWriter(tmp_path)
+    writer = NdjsonWriter(tmp_path, FORMS)
     writer.write(video(3), some(2, track=True))
     writer.write(picture(), some(0))
     lines = (tmp_path / "predictions.ndjson").read_text().splitlines()  # readable before it is closed
@@ -193,7 +195,7 @@ def test_several_crops_of_one_class_are_numbered(tmp_path):
     ],
 )
 def test_pictures_keep_their_name_and_format_where_it_can_be_written(tmp_path, name, expected):
-    PictureWriter(tmp_path).write(picture(name), some(1))
+    PictureWriter(tmp_path, FORMS).write(picture(name), some(1))
     with Image.open(tmp_path / expected) as image:
         assert image.size == (64, 48)
 
@@ -209,7 +211,7 @@ def read_video(path):
 
 
 def test_videos_keep_rate_length_and_order(tmp_path):
-    writer = PictureWriter(tmp_path)
+    writer = PictureWriter(tmp_path, FORMS)
     for item in (1, 2):
         for index in range(1, 11):
             writer.write(video(index, item, hw=(47, 63)), some(0))
@@ -220,7 +222,7 @@ def test_videos_keep_rate_length_and_order(tmp_path):
 
 
 def test_recordings_of_streams_last_as_long_as_reality(tmp_path):
-    writer = PictureWriter(tmp_path)
+    writer = PictureWriter(tmp_path, FORMS)
     times = [100.0, 100.01, 100.02, 100.5, 101.0, 200.0, 200.04]  # faster and slower than 25 a second, and a gap
     for index, seconds in enumerate(times, 1):
         writer.write(video(index, kind="stream", fps=25.0, timestamp=seconds), some(0))
@@ -231,7 +233,7 @@ def test_recordings_of_streams_last_as_long_as_reality(tmp_path):
 
 
 def test_a_stream_that_changes_its_size_starts_a_new_part(tmp_path):
-    writer = PictureWriter(tmp_path)
+    writer = PictureWriter(tmp_path, FORMS)
     writer.write(video(1, kind="stream", timestamp=1.0), some(0))
     writer.write(video(2, kind="stream", timestamp=1.1, hw=(96, 64)), some(0))
     writer.close()
@@ -252,10 +254,10 @@ def test_results_never_land_among_the_sources(tmp_path, folder):
 def test_view_without_windows_is_refused(monkeypatch):
     monkeypatch.setattr(cv2, "getBuildInformation", lambda: "  GUI:                           NONE\n")
     with pytest.raises(UserError, match="--view-img needs an OpenCV with windows"):
-        ViewWriter()
+        ViewWriter(FORMS)
     monkeypatch.setattr(cv2, "getBuildInformation", lambda: "  GUI:                           QT5\n")
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     monkeypatch.setattr("sys.platform", "linux")
     with pytest.raises(UserError, match="DISPLAY"):
-        ViewWriter()
+        ViewWriter(FORMS)

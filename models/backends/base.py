@@ -76,6 +76,7 @@ class Metadata:
             or data.get("dynamic") not in (None, *DYNAMIC_CHOICES)
             or not isinstance(data.get("batch"), int)
             or not isinstance(data.get("nms"), dict | None)
+            or not isinstance(data.get("preprocessing"), dict)
         ):
             raise UserError(
                 f"{source}: its metadata is damaged (names, imgsz, strides, task, batch); export the file again"

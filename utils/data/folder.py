@@ -64,9 +64,7 @@ def build_class_index(spec: DataSpec, split: str) -> ClassIndex:
         found = _annotated(folder) if _annotation_file(folder) else _class_folders(folder)
         for path, key in found:
             if key not in keys:
-                raise UserError(
-                    f"{path}: class '{key}' is not one of the {len(keys)} of {spec.yaml}; expected {_few(keys)}"
-                )
+                raise UserError(f"{path}: '{key}' is not one of the {len(keys)} classes of {spec.yaml} ({_few(keys)})")
             files.append(path)
             labels.append(keys[key])
     if not files:

@@ -112,7 +112,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
     try:
         header = image_header(path)
     except (ImageError, OSError) as error:
-        raise ImageError(f"{path}: {reason(error)}") from error
+        raise ImageError(f"{path} {reason(error)}") from error
     return header.height, header.width
 
 

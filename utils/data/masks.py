@@ -15,10 +15,12 @@ def join_rings(rings: list) -> np.ndarray:
     """
     parts = []
     for ring in rings:
-        good = isinstance(ring, list) and len(ring) >= 6 and len(ring) % 2 == 0
-        if not good or not all(type(v) in (int, float) and -1e12 < v < 1e12 for v in ring):
+        if not isinstance(ring, list) or len(ring) < 6 or len(ring) % 2 or not set(map(type, ring)) <= {int, float}:
             return NO_POLYGON
-        parts.append(np.array(ring, np.float32).reshape(-1, 2))
+        points = np.array(ring, np.float64).reshape(-1, 2)
+        if not (np.abs(points) < 1e12).all():  # NaN is not, either
+            return NO_POLYGON
+        parts.append(points.astype(np.float32))
     if not parts:
         return NO_POLYGON
     points = parts[0]

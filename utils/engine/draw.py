@@ -78,6 +78,20 @@ def annotate(image: np.ndarray, detections: Detections, style: Style | None = No
     return np.array(canvas)
 
 
+def draw_lines(image: np.ndarray, lines: list[str]) -> np.ndarray:
+    """A copy of uint8 [H, W, 3] RGB `image` with lines of text on dark ground in the upper left corner."""
+    canvas = Image.fromarray(np.ascontiguousarray(image[:, :, :3]))
+    draw = ImageDraw.Draw(canvas)
+    font = font_of(font_size(image.shape[:2], 3))
+    y = 0
+    for line in lines:
+        left, top, right, bottom = draw.textbbox((0, 0), line, font=font)
+        draw.rectangle((0, y, right - left + 4, y + bottom - top + 4), fill=(0, 0, 0))
+        draw.text((2 - left, y + 2 - top), line, fill=(255, 255, 255), font=font)
+        y += bottom - top + 5
+    return np.array(canvas)
+
+
 def _number_for_color(detections: Detections, i: int) -> int:
     tracked = detections.track_id is not None and detections.track_id[i] >= 0
     return int(detections.track_id[i] if tracked else detections.cls[i])  # type: ignore[index]

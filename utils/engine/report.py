@@ -35,6 +35,13 @@ def table(metrics: Mapping[str, Any], *, per_class: bool = True) -> str:
     return "\n".join(lines)
 
 
+def summary(metrics: Mapping[str, Any], pr_iou: float) -> str:
+    """What the table has no column for: where P and R are read, F1, and the average recalls."""
+    recalls = ", ".join(f"{key} {shown(value)}" for key, value in metrics.items() if key.startswith("AR"))
+    where = f"confidence {metrics['confidence']:.3f} and IoU {pr_iou:g}"
+    return f"F1 {shown(metrics['F1'])} at {where}, where P and R are read too; {recalls}"
+
+
 def shown(value: float | None, digits: int = 3) -> str:
     """A number for people; `-` where there was nothing to measure."""
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"

@@ -14,6 +14,7 @@ from utils.core.files import increment_path
 from utils.core.log import LOGGER
 from utils.data.frames import Frame
 from utils.engine.draw import Style, annotate
+from utils.engine.records import detection_forms
 from utils.engine.writers import CropWriter, PictureWriter, crop, refuse_overwrite
 from utils.ops.boxes import xyxy_to_cxcywh
 from utils.ops.detections import Detections
@@ -120,7 +121,7 @@ class Results:
     def save(self, labels: bool = True, save_dir: str | Path | None = None, exist_ok: bool = False) -> Path:
         """Write annotated pictures, by default into a new runs/detect/exp; the folder is returned."""
         folder = self._folder(save_dir, exist_ok)
-        writer = PictureWriter(folder, Style(hide_labels=not labels))
+        writer = PictureWriter(folder, detection_forms(Style(hide_labels=not labels)))
         for frame, d in zip(self._frames(), self.detections, strict=True):
             writer.write(frame, d)
         writer.close()

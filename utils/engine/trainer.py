@@ -215,10 +215,11 @@ class Trainer:
                 if self._look(step):
                     bar.set_description(self._line(batch))
                 self._maybe_save()
-        bar.set_description(self._line(None))
+        summary = self._line(None)
+        bar.set_description(summary)
         bar.close()
-        if not self.dist.is_main or bar.disable:
-            LOGGER.info(self._line(None))
+        if bar.disable:
+            LOGGER.info(summary)
         progress.step = 0
         progress.validation_due = True
         seconds, every = self.config.save_interval()

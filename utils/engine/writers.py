@@ -17,7 +17,7 @@ import numpy as np
 
 from utils.core.errors import UserError
 from utils.data.frames import Frame, safe_name, unique_names
-from utils.engine.draw import Style, annotate
+from utils.engine.records import Forms
 from utils.ops.detections import Detections
 
 WRITABLE = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -26,9 +26,9 @@ LONGEST_STILL = 5.0  # seconds of a recording for which the last picture of a st
 
 
 class Writer(Protocol):
-    """One kind of output."""
+    """One kind of output; takes the results that its `Forms` are for."""
 
-    def write(self, frame: Frame, detections: Detections) -> None: ...
+    def write(self, frame: Frame, result: Any) -> None: ...
 
     def close(self) -> None: ...
 
@@ -88,13 +88,13 @@ def encode_image(image: np.ndarray, suffix: str, quality: int = 95) -> bytes:
 class PictureWriter:
     """Annotated pictures under their own names, and one .mp4 for each video and stream."""
 
-    def __init__(self, folder: Path, style: Style | None = None) -> None:
-        self._folder, self._style = folder, style or Style()
+    def __init__(self, folder: Path, forms: Forms) -> None:
+        self._folder, self._draw = folder, forms.draw
         self._names = Stems()
         self._videos: dict[int, _Video] = {}
 
-    def write(self, frame: Frame, detections: Detections) -> None:
-        picture = annotate(frame.image, detections, self._style)
+    def write(self, frame: Frame, result: Any) -> None:
+        picture = self._draw(frame.image, result)
         stem = self._names.of(frame)
         if frame.kind == "image":
             suffix = frame.path.suffix.lower() if frame.path else ".jpg"
@@ -168,31 +168,20 @@ def _even(picture: np.ndarray) -> np.ndarray:
 
 
 class TextWriter:
-    """`labels/<stem>.txt` (`<stem>_<frame>.txt` of videos): `class cx cy w h [confidence] [track]`, normalized."""
+    """`labels/<stem>.txt` (`<stem>_<frame>.txt` of videos), no file for a frame without results."""
 
-    def __init__(self, folder: Path, *, save_conf: bool = False) -> None:
-        self._folder = folder / "labels"
+    def __init__(self, folder: Path, forms: Forms) -> None:
+        self._folder, self._lines = folder / "labels", forms.lines
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._save_conf = save_conf
         self._names = Stems()
         self.files = 0
 
-    def write(self, frame: Frame, detections: Detections) -> None:
+    def write(self, frame: Frame, result: Any) -> None:
         path = self._folder / f"{self._names.of_frame(frame)}.txt"
-        if not len(detections):
+        lines = self._lines(frame, result)
+        if not lines:
             path.unlink(missing_ok=True)  # of an earlier run into the same folder
             return
-        h, w = frame.image.shape[:2]
-        x1, y1, x2, y2 = detections.xyxy.astype(np.float64).T / np.array([w, h, w, h])[:, None]
-        boxes = np.stack(((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1), 1)
-        lines = []
-        for i, box in enumerate(boxes):
-            words = [f"{detections.cls[i]}", *(f"{v:g}" for v in box)]
-            if self._save_conf:
-                words.append(f"{detections.conf[i]:g}")
-            if detections.track_id is not None:
-                words.append(str(detections.track_id[i]))
-            lines.append(" ".join(words))
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         self.files += 1
 
@@ -235,22 +224,16 @@ def crop(image: np.ndarray, xyxy: np.ndarray, gain: float = 1.02, pad: int = 10)
 
 
 class CsvWriter:
-    """`predictions.csv`: a row for each box."""
+    """`predictions.csv`: a row for each box, or for each of the likeliest classes."""
 
-    header = ("Image Name", "Prediction", "Confidence", "Frame", "Timestamp", "X1", "Y1", "X2", "Y2", "Track")
-
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, forms: Forms) -> None:
+        self._rows = forms.rows
         self._file = open(folder / "predictions.csv", "w", encoding="utf-8", newline="")  # noqa: SIM115 (closed in close)
         self._csv = csv.writer(self._file)
-        self._csv.writerow(self.header)
+        self._csv.writerow(forms.header)
 
-    def write(self, frame: Frame, detections: Detections) -> None:
-        name = frame.path.name if frame.path else frame.name
-        for i in range(len(detections)):
-            track = "" if detections.track_id is None else detections.track_id[i]
-            box = [f"{v:.2f}" for v in detections.xyxy[i]]
-            conf, seconds = f"{detections.conf[i]:.5f}", f"{frame.timestamp:.3f}"
-            self._csv.writerow([name, detections.name(i), conf, frame.index, seconds, *box, track])
+    def write(self, frame: Frame, result: Any) -> None:
+        self._csv.writerows(self._rows(frame, result))
         self._file.flush()
 
     def close(self) -> None:
@@ -260,45 +243,28 @@ class CsvWriter:
 class NdjsonWriter:
     """`predictions.ndjson`: a JSON object a line for each frame, also for those without boxes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, forms: Forms) -> None:
+        self._record = forms.record
         self._file = open(folder / "predictions.ndjson", "w", encoding="utf-8")  # noqa: SIM115 (closed in close)
 
-    def write(self, frame: Frame, detections: Detections) -> None:
-        self._file.write(json.dumps(frame_record(frame, detections), ensure_ascii=False) + "\n")
+    def write(self, frame: Frame, result: Any) -> None:
+        self._file.write(json.dumps(self._record(frame, result), ensure_ascii=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
 
 
-def frame_record(frame: Frame, detections: Detections) -> dict[str, Any]:
-    """One line of NDJSON: source, kind, frame (from 1), timestamp (seconds), height, width, boxes in pixels."""
-    boxes = []
-    for i in range(len(detections)):
-        box: dict[str, Any] = {
-            "class": int(detections.cls[i]),
-            "name": detections.name(i),
-            "confidence": round(float(detections.conf[i]), 5),
-            "xyxy": [round(float(v), 2) for v in detections.xyxy[i]],
-        }
-        if detections.track_id is not None:
-            box["track"] = int(detections.track_id[i]) if detections.track_id[i] >= 0 else None
-        boxes.append(box)
-    h, w = frame.image.shape[:2]
-    place = {"source": frame.name, "kind": frame.kind, "frame": frame.index, "timestamp": round(frame.timestamp, 3)}
-    return {**place, "height": h, "width": w, "boxes": boxes}
-
-
 class ViewWriter:
     """A window for each source (`--view-img`). `closed` turns true when the user presses q or Esc."""
 
-    def __init__(self, style: Style | None = None) -> None:
+    def __init__(self, forms: Forms) -> None:
         require_gui()
-        self._style = style or Style()
+        self._draw = forms.draw
         self.closed = False
 
-    def write(self, frame: Frame, detections: Detections) -> None:
-        picture = annotate(frame.image, detections, self._style)
+    def write(self, frame: Frame, result: Any) -> None:
+        picture = self._draw(frame.image, result)
         cv2.imshow(safe_name(frame.name), picture[:, :, ::-1])
         pause = 0 if frame.kind == "image" and frame.items == 1 else 1
         self.closed = self.closed or cv2.waitKey(pause) & 0xFF in (ord("q"), 27)

@@ -59,17 +59,26 @@ def _one_image(
     order = conf.argsort(descending=True, stable=True)[:max_candidates]
     row, conf, cls = row[order], conf[order], cls[order]
     boxes = cxcywh_to_xyxy(p[row, :4])
-    keep = suppress(boxes, conf, torch.zeros_like(cls) if agnostic else cls, iou_thres)[:max_det]
+    keep = suppress(boxes, conf, torch.zeros_like(cls) if agnostic else cls, iou_thres, max_det)
     return torch.cat((boxes[keep], conf[keep, None], cls[keep, None].to(boxes.dtype)), 1)
 
 
-def suppress(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thres: float) -> Tensor:
+def suppress(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thres: float, limit: int | None = None) -> Tensor:
     """Greedy NMS within each group, for xyxy [N, 4], scores [N], groups [N] -> kept indices, best first.
 
-    Groups are separated by shifting them apart in float64, so images of any size keep exact IoUs.
+    Groups are separated by shifting them apart in float64, so images of any size keep exact IoUs. With `limit` only that
+    many are looked for: what is kept of the best n candidates does not depend on the rest, so n grows until it suffices.
     """
     if not len(boxes):
         return torch.zeros(0, dtype=torch.long, device=boxes.device)
     wide = boxes.double()
     span = wide.max() - wide.min() + 1
-    return torchvision.ops.nms(wide + (groups.double() * span)[:, None], scores.double(), iou_thres)
+    order = scores.argsort(descending=True, stable=True)
+    wide = (wide + (groups.double() * span)[:, None])[order]
+    scores = scores.double()[order]
+    n = len(boxes) if limit is None else min(4 * limit, len(boxes))
+    while True:
+        keep = torchvision.ops.nms(wide[:n], scores[:n], iou_thres)
+        if n == len(boxes) or (limit is not None and len(keep) >= limit):
+            return order[keep[:limit]]
+        n = min(4 * n, len(boxes))

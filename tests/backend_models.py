@@ -1,0 +1,72 @@
+"""A detector and files of it, small enough that exporting it takes a second."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from models import build_model
+from models.backends.base import Metadata
+from models.backends.graph import ExportJob, NmsSettings, nms_dict
+from models.fusion import fuse
+
+HW = (64, 96)
+NAMES = ("a", 'quote " and <tag> & more', "größe")
+SIGNAL = 8.0  # spreads the logits of a random head, so that scores and boxes vary
+
+CFG: dict[str, Any] = {
+    "nc": 3,
+    "depth_multiple": 1.0,
+    "width_multiple": 1.0,
+    "anchors": [[6, 7, 12, 9], [20, 24, 40, 30]],
+    "backbone": [
+        [-1, 1, "Focus", [8, 3]],
+        [-1, 1, "Conv", [16, 3, 1]],
+        [-1, 1, "SPD", []],
+        [-1, 1, "C3", [16]],
+        [-1, 1, "Conv", [16, 3, 1]],
+        [-1, 1, "SPD", []],
+        [-1, 1, "C3", [32]],
+    ],
+    "head": [
+        [-1, 1, "nn.Upsample", [None, 2, "nearest"]],
+        [[-1, 3], 1, "Concat", [1]],
+        [-1, 1, "C3", [16, False]],
+        [[-1, 6], 1, "Detect", ["nc", "anchors"]],
+    ],
+}
+
+
+def tiny_detector() -> nn.Module:
+    """Two levels of stride 4 and 8, with normalization statistics and outputs that are not constant."""
+    torch.manual_seed(3)
+    model = build_model(CFG).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            module.weight.data.uniform_(0.8, 1.6)
+    for conv in model.model[-1].m:
+        conv.weight.data.mul_(SIGNAL)
+        conv.bias.data.add_(2.0)
+    return model
+
+
+def job_of(model: nn.Module, path: Path, nms: NmsSettings | None = None, fused: bool = True, **facts: Any) -> ExportJob:
+    """An export of the model to `path`."""
+    calibration = facts.pop("calibration", None)
+    metadata = Metadata(
+        names=NAMES, imgsz=HW, strides=tuple(model.strides), max_stride=model.max_stride, nms=nms_dict(nms), **facts
+    )
+    return ExportJob(fuse(model) if fused else model, metadata, path, nms, calibration=calibration)
+
+
+def pictures(count: int = 3, hw: tuple[int, int] = HW) -> torch.Tensor:
+    """Smooth random images, float [count, 3, H, W] in 0..1."""
+    coarse = torch.rand(count, 3, hw[0] // 8, hw[1] // 8, generator=torch.Generator().manual_seed(5))
+    return nn.functional.interpolate(coarse, size=hw, mode="bilinear")
+
+
+Make = Callable[..., ExportJob]

@@ -1,0 +1,211 @@
+"""Every format gives PyTorch's boxes: fixed and dynamic, half, int8, with NMS inside; metadata come back."""
+
+import importlib
+import zipfile
+from dataclasses import replace
+
+import pytest
+import torch
+from backend_models import HW, NAMES, job_of, pictures, tiny_detector
+
+from models import build_model
+from models.backends import FORMATS, load_predictor
+from models.backends.graph import NmsSettings
+from models.backends.verify import TOLERANCES, Difference, compare_detections, compare_raw
+from models.fusion import fuse
+from utils.core.errors import UserError
+
+RUNNABLE = [n for n, f in FORMATS.items() if f.exports and n != "engine"]
+NMS = NmsSettings(conf_thres=0.3, iou_thres=0.5, max_det=50)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_detector()
+
+
+def export(fmt, model, tmp_path, **options):
+    """The file of a format as predictor."""
+    for package in FORMATS[fmt].requires:
+        pytest.importorskip(package)
+    job = job_of(model, tmp_path / f"best{FORMATS[fmt].suffix.rstrip('/')}", **options)
+    assert importlib.import_module(f"models.backends.{FORMATS[fmt].module}").export(job) == job.path
+    predictor = load_predictor(job.path)
+    assert predictor.metadata == job.metadata and predictor.names == list(NAMES)
+    return predictor
+
+
+def difference(model, predictor, images):
+    """PyTorch's unfused network against a file."""
+    total = Difference()
+    with torch.no_grad():
+        for expected, given in zip(model.predict(images), predictor(images), strict=True):
+            compared = compare_detections(expected, given, NMS) if predictor.end2end else compare_raw(expected, given)
+            total.add(compared)
+    assert total.detections >= 3, "the test model finds too little to compare"
+    return total
+
+
+@pytest.mark.parametrize("fmt", RUNNABLE)
+def test_fixed_file_gives_the_boxes_of_pytorch(fmt, model, tmp_path):
+    predictor = export(fmt, model, tmp_path, batch=2)
+    assert (predictor.batch, predictor.imgsz) == (2, HW)
+    found = difference(model, predictor, pictures(3))
+    assert not found.failures(TOLERANCES["fp32"]), found
+    with pytest.raises(UserError, match="--imgsz 64 96"):
+        predictor(pictures(2, (64, 64)))
+
+
+@pytest.mark.parametrize("fmt", RUNNABLE)
+def test_dynamic_half_file_with_nms_gives_the_boxes_of_pytorch(fmt, model, tmp_path):
+    predictor = export(fmt, model, tmp_path, dynamic="all", precision="fp16", nms=NMS)
+    assert predictor.end2end and (predictor.batch, predictor.imgsz) == (None, None)
+    for images in (pictures(1), pictures(3, (96, 128))):
+        found = difference(model, predictor, images)
+        assert not found.failures(TOLERANCES["fp16"]), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", RUNNABLE)
+@pytest.mark.parametrize("dynamic", [None, "batch", "hw"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("count", [None, "fixed", "dynamic"])
+def test_all_combinations_give_the_boxes_of_pytorch(fmt, dynamic, precision, count, model, tmp_path):
+    nms = None if count is None else replace(NMS, count=count)
+    predictor = export(fmt, model, tmp_path, dynamic=dynamic, precision=precision, nms=nms)
+    images = pictures(2, (96, 128) if dynamic == "hw" else HW)
+    found = difference(model, predictor, images)
+    assert not found.failures(TOLERANCES[precision]), found
+
+
+@pytest.mark.parametrize("fmt", [n for n in RUNNABLE if FORMATS[n].int8])
+def test_int8_keeps_the_head_in_float_and_finds_the_same(fmt, model, tmp_path):
+    if fmt == "openvino":
+        pytest.importorskip("nncf")
+    calibration = [pictures(1), pictures(3)[1:2]]
+    predictor = export(fmt, model, tmp_path, precision="int8", calibration=calibration, nms=NMS)
+    found = difference(model, predictor, pictures(3))
+    assert not found.failures(TOLERANCES["int8"]), found
+
+
+@pytest.mark.parametrize("fmt", RUNNABLE)
+def test_unreadable_files_are_refused_in_one_line(fmt, tmp_path):
+    for package in FORMATS[fmt].requires:
+        pytest.importorskip(package)
+    path = tmp_path / f"best{FORMATS[fmt].suffix.rstrip('/')}"
+    if FORMATS[fmt].suffix.endswith("/"):
+        path.mkdir()
+    else:
+        path.write_bytes(b"this is no model")
+    with pytest.raises(UserError, match="best"):
+        load_predictor(path)
+
+
+def test_an_onnx_file_of_another_tool(model, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    export("onnx", model, tmp_path)
+    path = tmp_path / "best.onnx"
+    graph = onnx.load(path)
+    del graph.metadata_props[:]
+    onnx.save(graph, path)
+    with pytest.raises(UserError, match="--data DATA.yaml and --imgsz"):
+        load_predictor(path)
+    with pytest.raises(UserError, match="--imgsz 64 96"):
+        load_predictor(path, names=NAMES, imgsz=640)
+    with pytest.raises(UserError, match=r"expected one of \[batch, anchors, 6\]"):
+        load_predictor(path, names=["one"], imgsz=HW)
+    predictor = load_predictor(path, names=NAMES, imgsz=HW)
+    assert not difference(model, predictor, pictures(1)).failures(TOLERANCES["fp32"])
+
+
+def test_onnx_holds_no_spd_and_names_no_folder(model, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    export("onnx", model, tmp_path)
+    raw = (tmp_path / "best.onnx").read_bytes()
+    graph = onnx.load_from_string(raw).graph
+    assert not layout_operations(graph)
+    assert b".py" not in raw and str(tmp_path).encode() not in raw
+    assert [i.name for i in graph.input] == ["images"] and [o.name for o in graph.output] == ["output0"]
+    unfused = job_of(model, tmp_path / "unfused.onnx", fused=False)
+    from models.backends.onnx_graph import build_graph
+
+    assert layout_operations(build_graph(unfused).graph), "the check finds SPD where it is"
+
+
+def layout_operations(graph):
+    """Nodes before the head that move values about in space: what is left of SPD."""
+    from models.backends.onnx_graph import last_convolutions
+
+    head = set(last_convolutions(graph))
+    values = {i.name: i for i in graph.initializer}
+    return [n.op_type for n in graph.node if n.name not in head and moves_in_space(n, values)]
+
+
+def moves_in_space(node, values):
+    if node.op_type in ("SpaceToDepth", "DepthToSpace", "Transpose", "Reshape"):
+        return True
+    if node.op_type != "Slice":
+        return False
+    import onnx
+
+    return onnx.numpy_helper.to_array(values[node.input[3]]).tolist() != [1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [f"yolov5-spd-{s}" for s in "nsmlx"] + [f"yolov5-spdconv-{s}" for s in "nsml"])
+def test_onnx_of_every_spd_model_is_plain_convolutions(name, tmp_path):
+    pytest.importorskip("onnxscript")
+    from models.backends.onnx_graph import build_graph
+
+    deployed = fuse(build_model(name).eval())
+    graph = build_graph(job_of(deployed, tmp_path / "x.onnx", fused=False)).graph
+    assert not layout_operations(graph)
+
+
+def repacked(path, target, change):
+    """A copy of an archive in which `change` has edited one entry, or added one."""
+    name, edit = change
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
+        folder = old.namelist()[0].split("/")[0]
+        for entry in old.namelist():
+            data = old.read(entry)
+            new.writestr(entry, edit(data) if entry == f"{folder}/{name}" else data)
+        if f"{folder}/{name}" not in old.namelist():
+            new.writestr(f"{folder}/{name}", edit(b""))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("models/model.json", lambda d: d.replace(b'"guards_code": [', b'"guards_code": ["print(1)", ')),
+        ("models/model.json", lambda d: d.replace(b'"guards_code": [', b'"guards_code": ["torch.hub.load(1)", ')),
+        ("models/model.json", lambda d: d.replace(b"torch.ops.aten.sigmoid.default", b"torch.hub.load")),
+        ("data/weights/model_weights_config.json", lambda d: d.replace(b'"use_pickle": false', b'"use_pickle": true')),
+        ("data/constants/opaque_obj_0", lambda d: b"cos\nsystem\n(S'true'\ntR."),
+        ("data/aotinductor/model/wrapper.so", lambda d: b"\x7fELF"),
+        ("data/sample_inputs/model.pt", lambda d: b"cos\nsystem\n(S'true'\ntR."),
+    ],
+)
+def test_an_exported_program_that_could_run_code_is_refused(change, model, tmp_path, program):
+    target = tmp_path / "evil.pt2"
+    repacked(program, target, change)
+    with pytest.raises(UserError, match=r"evil\.pt2"):
+        load_predictor(target)
+
+
+@pytest.fixture(scope="module")
+def program(model, tmp_path_factory):
+    """An honest .pt2 file with a guard to edit."""
+    folder = tmp_path_factory.mktemp("program")
+    predictor = export("torch_export", model, folder, dynamic="batch")
+    assert predictor.metadata.dynamic == "batch"
+    return folder / "best.pt2"
+
+
+def test_differences_are_judged():
+    fine = Difference(px=0.01, score=1e-4, detections=4, found=4)
+    assert not fine.failures(TOLERANCES["fp32"])
+    for wrong in ({"px": 0.06}, {"score": 0.01}, {"found": 3}, {"finite": False}):
+        assert len(replace(fine, **wrong).failures(TOLERANCES["fp32"])) == 1
+    assert compare_raw(torch.rand(9, 8), torch.rand(8, 8)).failures(TOLERANCES["int8"])
+    assert compare_raw(torch.rand(9, 8), torch.full((9, 8), torch.nan)).failures(TOLERANCES["int8"])

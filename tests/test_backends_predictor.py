@@ -1,0 +1,80 @@
+"""The rules that every predictor follows, and the native one: fused or not, it gives the model's boxes."""
+
+import copy
+
+import pytest
+import torch
+from backend_models import HW, NAMES, pictures, tiny_detector
+
+from models.backends import load_predictor
+from models.backends.base import Metadata, Predictor
+from models.backends.pytorch import PyTorchPredictor
+from models.weights import pack_model
+from utils.core.checkpoint import save_checkpoint
+from utils.core.errors import UserError
+
+
+class Counting(Predictor):
+    """Gives the mean of each image, and remembers the shapes it was called with."""
+
+    def __init__(self, **facts):
+        super().__init__(Metadata(names=("a",), imgsz=(8, 8), **facts), torch.device("cpu"))
+        self.shapes = []
+
+    def infer(self, images):
+        self.shapes.append(tuple(images.shape))
+        means = images.mean((1, 2, 3))
+        return [means[i].reshape(1, 1) for i in range(len(images))] if self.end2end else means[:, None, None]
+
+
+@pytest.mark.parametrize("nms", [None, {"max_det": 1}])
+@pytest.mark.parametrize("count", [1, 3, 4, 7])
+def test_a_fixed_batch_takes_any_number_of_images(nms, count):
+    predictor = Counting(batch=3, nms=nms)
+    images = torch.rand(count, 3, 8, 8)
+    given = predictor(images)
+    assert len(given) == count and predictor.shapes == [(3, 3, 8, 8)] * -(-count // 3)
+    torch.testing.assert_close(torch.stack([g.reshape(()) for g in given]), images.mean((1, 2, 3)))
+
+
+def test_fixed_and_free_axes():
+    fixed, free = Counting(), Counting(dynamic="all")
+    assert (fixed.batch, fixed.imgsz, fixed.end2end) == (1, (8, 8), False)
+    assert (free.batch, free.imgsz) == (None, None)
+    with pytest.raises(UserError, match="--imgsz 8 8, or export with --dynamic hw"):
+        fixed(torch.rand(1, 3, 16, 8))
+    free(torch.rand(5, 3, 16, 8))
+    assert free.shapes == [(5, 3, 16, 8)]
+    with pytest.raises(AssertionError):
+        free(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    free.warm_up()
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_the_native_predictor_gives_the_boxes_of_the_model_and_leaves_it_alone(fuse):
+    model = tiny_detector().train()
+    before = copy.deepcopy(model.state_dict())
+    predictor = PyTorchPredictor(model, NAMES, imgsz=64, fuse=fuse)
+    given = predictor(pictures())
+    assert model.training and all(p.requires_grad and p.is_contiguous() for p in model.parameters())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    with torch.no_grad():
+        torch.testing.assert_close(given, model.eval().predict(pictures()), atol=5e-4, rtol=1e-5)
+    assert predictor.names == list(NAMES) and predictor.strides == [4, 8] and predictor.metadata.imgsz == (64, 64)
+
+
+def test_half_on_the_cpu_runs_in_float32_and_says_so(capsys):
+    predictor = PyTorchPredictor(tiny_detector(), NAMES, half=True)
+    assert not predictor.half and "float32 on the CPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_checkpoints_load_as_predictors(tmp_path, suffix):
+    model = tiny_detector()
+    path = tmp_path / f"best{suffix}"
+    save_checkpoint(path, pack_model(model, NAMES, 96))
+    predictor = load_predictor(path)
+    assert predictor.metadata.imgsz == (96, 96) and tuple(predictor.names) == NAMES and predictor.imgsz is None
+    with torch.no_grad():
+        torch.testing.assert_close(predictor(pictures()), model.predict(pictures()), atol=5e-4, rtol=1e-5)
+    assert predictor(pictures(1, (HW[0] * 2, HW[1]))).shape[0] == 1
