@@ -24,6 +24,7 @@ from utils.data.index import build_index
 from utils.data.labels import POLICIES
 from utils.data.spec import load_data
 from utils.engine.bootstrap import Interval, paired_bootstrap
+from utils.engine.classification import compare_classes, comparison_lines, validate_classifier
 from utils.engine.coco_eval import MetricSettings, Truth, coco_metrics, found_from_rows
 from utils.engine.coco_files import found_from_coco, truth_from_coco
 from utils.engine.comparison import comparison_table, judge, most_different, plot_bars, save_pairs
@@ -158,6 +159,8 @@ def compare(cfg: CompareConfig) -> CompareReport:
     if len(files) != 2:
         raise UserError(f"{len(files)} files given; expected two with --weights A B (or --predictions A B)")
     names, settings = labels_of(cfg), metric_settings(cfg)
+    if not cfg.predictions and load_predictor(files[0], imgsz=cfg.imgsz or None).task == "classify":
+        return compare_classifiers(cfg)
     sides = from_files(cfg) if cfg.predictions else from_models(cfg)
     truth, (a, b) = sides.truth, sides.found
     metrics_a, _ = coco_metrics(truth, a, settings)
@@ -195,6 +198,30 @@ def compare(cfg: CompareConfig) -> CompareReport:
     LOGGER.info(comparison_table(names, (metrics_a, metrics_b), intervals))
     LOGGER.info(f"Results saved to {folder}")
     return CompareReport(folder, (metrics_a, metrics_b), intervals, tuple(pictures))
+
+
+def compare_classifiers(cfg: CompareConfig) -> CompareReport:
+    """Two classifiers: accuracies, the images that only one of them gets right, and pictures of those."""
+    dist = Dist.single(select_device(cfg.device))
+    spec = load_data(cfg.data)
+    results = []
+    for path in cfg.weights:
+        predictor = load_predictor(path, device=dist.device, half=cfg.half, names=spec.names, imgsz=cfg.imgsz or None)
+        if predictor.task != "classify":
+            raise UserError(f"{path} is a detector, {cfg.weights[0]} a classifier; compare two of a kind")
+        size = cfg.imgsz[0] if cfg.imgsz else None
+        result, index = validate_classifier(
+            predictor, spec, dist, split=cfg.task, imgsz=size, batch_size=cfg.batch_size, workers=cfg.workers
+        )
+        results.append(result)
+    folder = increment_path(cfg.project, cfg.name, cfg.exist_ok)
+    content = compare_classes((results[0], results[1]), labels_of(cfg), index, folder, cfg.pictures)
+    write_json(folder / "compare.json", {**content, "settings": config_dict(cfg)})
+    LOGGER.info(comparison_lines(content))
+    LOGGER.info(f"Results saved to {folder}")
+    return CompareReport(
+        folder, (results[0].metrics, results[1].metrics), {}, tuple(folder / name for name in content["pictures"])
+    )
 
 
 def run(**kwargs: Any) -> CompareReport:

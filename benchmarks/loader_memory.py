@@ -8,6 +8,7 @@ measured in a process of its own, at the end of each epoch of `steps` batches of
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import cv2
-import numpy as np
 
 from benchmarks.loader import HW, random_index, write_images
 from utils.core.hyp import Hyp
@@ -35,8 +35,6 @@ def tree_pss(pid: int) -> int:
 
 def measure(workers: int, images: int, steps: int, epochs: int) -> list[int]:
     """PSS of this process tree after each epoch."""
-    import os
-
     cv2.setNumThreads(1)
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -46,9 +44,8 @@ def measure(workers: int, images: int, steps: int, epochs: int) -> list[int]:
         dataset = DetectionDataset(index, 640, Hyp(), augment=True)
         loader = TrainLoader(dataset, 16, workers=workers)
         for epoch in range(epochs):
-            batches = loader.epoch(epoch, len(loader) - steps)
-            for _ in batches:
-                pass
+            for batch in loader.epoch(epoch, len(loader) - steps):
+                del batch
             found.append(tree_pss(os.getpid()))
         loader.close()
     return found

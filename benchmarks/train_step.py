@@ -3,10 +3,10 @@
     python benchmarks/train_step.py [--models yolov5-spd-n yolov5-spd-s] [--imgsz 320] [--batch-size 8] [--rounds 9]
 
 `plain` is what the published code does: contiguous maps, float32, SPD as four slices and a concatenation. Against it
-stand this project's layout (channels_last) in float32 and under bfloat16 autocast. Rounds alternate between them, so that
-a busy machine disturbs all alike; the medians are reported. First all take the same steps from the same weights, and the
-largest relative difference of their losses is shown. Peak memory is measured in a process of its own for each. The last
-line is the result as JSON.
+stand this project's layout (channels_last) in float32 and under bfloat16 autocast. Rounds alternate between them, so
+that a busy machine disturbs all alike; the medians are reported. First all take the same steps from the same weights,
+and the largest relative difference of their losses is shown. Peak memory is measured in a process of its own for each.
+The last line is the result as JSON.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Rebuild the tables and figures of docs/results.md from results.csv and differences.csv; no number is typed by hand.
+"""Rebuild the tables and figures of docs/results.md, and the README's models; no number is typed by hand.
 
 python -m experiments.report        (what `make results` runs)
 """
@@ -27,6 +27,7 @@ class ReportConfig:
     """Options of experiments.report."""
 
     page: str = option("docs/results.md", "page whose blocks between `begin NAME` and `end NAME` are rewritten")
+    readme: str = option("README.md", "page with the table of models; empty: leave it")
     results: str = option(str(ledger.RESULTS), "CSV of runs")
     differences: str = option(str(ledger.DIFFERENCES), "CSV of paired differences")
 
@@ -192,6 +193,24 @@ def missing_block(experiments: Sequence[Experiment], results: Sequence[Row]) -> 
     return "\n".join(lines) or "Everything that is planned has been run."
 
 
+def model_table() -> str:
+    """The README's table: costs measured now, accuracy as published."""
+    import info
+    from utils.core.config import config_from_kwargs
+
+    published = load_yaml(ROOT / "experiments" / "published.yaml")["coco_val2017"]
+    lines = []
+    for name in [f"{family}{size}" for size in "nsmlx" for family in ("yolov5", "yolov5-spd-", "yolov5-spdconv-")]:
+        path = ROOT / "models" / f"{name}.yaml"
+        if path.is_file():
+            summary = info.measure(config_from_kwargs(info.InfoConfig, cfg=str(path), imgsz=[640]))
+            known = published.get(name, {})
+            costs = [f"{summary.parameters:,}", f"{summary.gflops:.1f}", f"{summary.saved / 1e6:.0f}"]
+            lines.append([name, *costs, str(known.get("AP", "–")), str(known.get("AP_S", "–"))])
+    head = ["model", "parameters", "GFLOPs", "MB kept in training, 1 image", "AP (published)", "AP_S (published)"]
+    return markdown(head, lines)
+
+
 def fill(page: str, blocks: Mapping[str, Callable[[], str]]) -> str:
     """The page with each block between its markers replaced; a marker without a block, or the reverse, is an error."""
     found = re.findall(r"<!-- begin (\S+) -->", page)
@@ -206,8 +225,17 @@ def fill(page: str, blocks: Mapping[str, Callable[[], str]]) -> str:
     return page
 
 
+def write_page(path: Path, blocks: Mapping[str, Callable[[], str]]) -> None:
+    """Rewrite the blocks of a page in place."""
+    page = fill(path.read_text(encoding="utf-8"), blocks)
+    with atomic_write(path, "w") as file:
+        file.write(page)
+
+
 def report(config: ReportConfig) -> Path:
     """Rewrite the page."""
+    if config.readme:
+        write_page(ROOT / config.readme, {"models": model_table})
     path = ROOT / config.page
     results, differences = ledger.read(Path(config.results)), ledger.read(Path(config.differences))
     figures = path.parent / "figures"
@@ -217,9 +245,7 @@ def report(config: ReportConfig) -> Path:
     blocks["missing"] = lambda: missing_block(experiments, results)
     for e in experiments:
         blocks[e.name] = lambda e=e: experiment_block(e, results, differences, figures)
-    page = fill(path.read_text(encoding="utf-8"), blocks)
-    with atomic_write(path, "w") as file:
-        file.write(page)
+    write_page(path, blocks)
     minutes = sum(value for value in numbers(results, "train_minutes") if not math.isnan(value))
     LOGGER.info(f"{path}: {len(results)} runs, {minutes / 60:.1f} hours of training")
     return path

@@ -326,6 +326,7 @@ def _parts(conv: nn.Module) -> list[Any]:
 
 def _stack(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
     """Two convolutions of the same input as one with the outputs of both."""
-    assert first.bias is not None and second.bias is not None, "batch normalization leaves a bias"
-    bias = torch.cat((first.bias, second.bias))
+    bias = None
+    if first.bias is not None and second.bias is not None:
+        bias = torch.cat((first.bias, second.bias))
     return _conv_like(first, torch.cat((first.weight, second.weight)), bias)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 import train
 from models import build_model
-from models.weights import load_model
+from models.weights import load_model, pack_model
+from utils.core.checkpoint import save_checkpoint
 from utils.core.dist import Dist
 from utils.core.errors import UserError
 from utils.core.hyp import Hyp, load_hyp
@@ -32,12 +33,14 @@ from utils.data.spec import load_data
 from utils.engine.classification import (
     ClassResult,
     class_table,
-    classify_image,
-    disagreement_picture,
+    compare_classes,
+    comparison_lines,
     disagreements,
     measure,
+    sign_test,
     validate_classifier,
 )
+from utils.engine.classifying import PictureClassifier
 from utils.engine.settings import TrainConfig
 from utils.engine.tasks.classify import ClassifyTask
 
@@ -198,9 +201,7 @@ def test_crops_with_padding_are_whole_pixel_shifts() -> None:
     index = ramp_index(1)
     dataset = ClassDataset(index, 12, PLAIN.replace(translate=4 / 12), augment=True)
     padded = np.pad(index.image(0), ((4, 4), (4, 4), (0, 0)))
-    shifts = {
-        (y, x): padded[4 + y : 16 + y, 4 + x : 16 + x].tobytes() for y in range(-4, 5) for x in range(-4, 5)
-    }
+    shifts = {(y, x): padded[4 + y : 16 + y, 4 + x : 16 + x].tobytes() for y in range(-4, 5) for x in range(-4, 5)}
     places = {pixels: shift for shift, pixels in shifts.items()}
     seen = {places[dataset.sample(0, position, 0).image.tobytes()] for position in range(800)}
     assert seen == set(shifts)
@@ -282,10 +283,30 @@ def test_disagreements(tmp_path: Path) -> None:
     found = {key: value.tolist() for key, value in disagreements(a, b).items()}
     assert found == {"both": [0], "only_a": [3], "only_b": [1, 2], "neither": []}
     index = ClassIndex(np.array([0, 0, 1, 1]), ("a", "b", "c"), pixels=ramp_index(4).pixels)
-    path = disagreement_picture(a, b, index, tmp_path / "fig7.jpg")
-    assert path is not None and path.stat().st_size > 1000
+    content = compare_classes((a, b), ("plain", "spd"), index, tmp_path)
+    assert content["images"] == {"both": 1, "only_a": 1, "only_b": 2, "neither": 0} and content["p_value"] == 1
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("only_a_right.jpg", "only_b_right.jpg"))
+    assert "only B 2" in comparison_lines(content)
     with pytest.raises(UserError, match="different images"):
         disagreements(a, result_of([1, 0, 1, 1], [[0, 1]] * 4))
+
+
+@pytest.mark.parametrize(("one", "other", "p"), [(0, 0, 1.0), (5, 5, 1.0), (0, 5, 0.0625), (10, 2, 0.038574)])
+def test_sign_test(one: int, other: int, p: float) -> None:
+    """Binomial tails by hand: 2 / 2^5, and 2 * (1 + 12 + 66) / 2^12."""
+    assert sign_test(one, other) == pytest.approx(p, abs=1e-6) == sign_test(other, one)
+
+
+def test_compare_py_takes_classifiers(folder: Path, tmp_path: Path) -> None:
+    import compare
+
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        model = build_model(str(small_cfg(tmp_path))).eval()
+        save_checkpoint(tmp_path / f"{name}.pt", pack_model(model, ["middle", "narrow", "wide"], 16))
+    files = [str(tmp_path / f"{name}.pt") for name in "ab"]
+    report = compare.run(weights=files, data=str(folder), device="cpu", workers=0, project=str(tmp_path / "c"))
+    assert (report.save_dir / "compare.json").is_file() and len(report.metrics) == 2
 
 
 # ------------------------------------------------------------------------------------------------ the task
@@ -346,21 +367,21 @@ def test_train_val_resume(folder: Path, tmp_path: Path) -> None:
     predictor = load_predictor(result.best, device="cpu")
     measured, index = validate_classifier(predictor, load_data(folder), DIST, batch_size=7)
     assert measured.metrics["top1"] == saved["top1"] and len(index) == 18
-    best = classify_image(predictor, index.image(0))
-    assert best[0][0] == measured.top[0, 0] and sum(p for _, p in best) == pytest.approx(1, abs=1e-5)
+    best = PictureClassifier(predictor)([index.image(0)])[0]
+    assert best.cls.tolist() == measured.top[0].tolist() and np.allclose(best.conf, measured.confidence[0], atol=1e-5)
     loaded = load_model(result.best)
     assert loaded.names == ["middle", "narrow", "wide"] and loaded.meta["task"] == "classify"
     assert loaded.meta["preprocessing"]["resize"] == "short side, center crop"
 
 
 def test_resumed_training_is_exact(folder: Path, tmp_path: Path) -> None:
-    """Stopped after two of four epochs and resumed: the weights of the uninterrupted run, bit by bit."""
+    """Stopped after two of three epochs and resumed: the weights of the uninterrupted run, bit by bit."""
     common: dict[str, Any] = dict(
         cfg=str(small_cfg(tmp_path)), data=str(folder), batch_size=12, imgsz=16, workers=0, device="cpu", noplots=True,
         hyp=["lr0=0.02", "nominal_batch=12", "step_decay=0.5", "warmup_epochs=0", "mosaic=0"],
         project=str(tmp_path / "r"),
     )  # fmt: skip
-    whole = train.run(**common, epochs=4, name="whole")
+    whole = train.run(**common, epochs=3, name="whole")
     states = torch.load(whole.folder / "weights" / "last.pt", weights_only=True)
     kept: dict[str, Any] = {}
     from utils.engine.trainer import Trainer
@@ -378,7 +399,7 @@ def test_resumed_training_is_exact(folder: Path, tmp_path: Path) -> None:
     Trainer._finish_epoch = stop_after_two  # type: ignore[method-assign]
     try:
         with pytest.raises(Stop):
-            train.run(**common, epochs=4, name="half")
+            train.run(**common, epochs=3, name="half")
     finally:
         Trainer._finish_epoch = original  # type: ignore[method-assign]
     train.run(resume=str(tmp_path / "r" / "half" / "weights" / "last.pt"))
@@ -392,7 +413,7 @@ def test_resumed_training_is_exact(folder: Path, tmp_path: Path) -> None:
     [
         ({"imgsz": 15}, "not a multiple"),
         ({"single_cls": True}, "--single-cls"),
-        ({"cfg": "yolov5-spd-n"}, "class folders"),
+        ({"cfg": "yolov5-spd-n", "imgsz": 64}, "for classification"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: dict, message: str, folder: Path, tmp_path: Path) -> None:

@@ -254,3 +254,10 @@ def test_shared_data_sets_are_clean(shared_data):
     train, val = (build_index(spec, split) for split in ("train", "val"))
     assert (len(train), train.report.boxes, len(val), val.report.boxes) == (1000, 6873, 500, 3140)
     assert set(train.report.counts) <= {"box-overhang", "box-repeated"}, train.report.lines()
+
+
+def test_a_child_that_dies_is_an_error_and_not_a_hang(tmp_path, monkeypatch):
+    yaml = data_set(tmp_path, {f"{i}.png": BOX for i in range(40)})
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="ended early"):
+        index_of(yaml, workers=2, rebuild=True)

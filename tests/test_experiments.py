@@ -95,7 +95,7 @@ def test_page_is_made_from_the_record(root: Path, tmp_path: Path) -> None:
     difference = {"experiment": "small_objects", "a": "yolov5n", "b": "yolov5-spd-n", "seed": 0, "metric": "AP",
                   "difference": 0.05, "low": 0.01, "high": 0.09}  # fmt: skip
     ledger.append(differences, ledger.DIFFERENCE_COLUMNS, difference)
-    config = report.ReportConfig(page=str(page), results=str(results), differences=str(differences))
+    config = report.ReportConfig(page=str(page), readme="", results=str(results), differences=str(differences))
     text = report.report(config).read_text()
     assert "0.310 ± 0.014" in text, "mean and sample deviation of 0.30 and 0.32"
     assert "+0.010 to +0.090" in text and "python train.py --name yolov5n" in text
@@ -105,13 +105,14 @@ def test_page_is_made_from_the_record(root: Path, tmp_path: Path) -> None:
     assert report.report(config).read_text() == text, "rebuilding changes nothing"
 
 
-def test_page_of_the_repository_is_up_to_date(root: Path, tmp_path: Path) -> None:
-    page = tmp_path / "docs" / "results.md"
-    page.parent.mkdir()
-    before = (root / "docs" / "results.md").read_text()
-    page.write_text(before)
-    report.report(report.ReportConfig(page=str(page)))
-    assert page.read_text() == before, "run `make results`"
+def test_pages_of_the_repository_are_up_to_date(root: Path, tmp_path: Path) -> None:
+    pages = {name: (root / name).read_text() for name in ("docs/results.md", "README.md")}
+    (tmp_path / "docs").mkdir()
+    for name, text in pages.items():
+        (tmp_path / name).write_text(text)
+    report.report(report.ReportConfig(page=str(tmp_path / "docs/results.md"), readme=str(tmp_path / "README.md")))
+    for name, text in pages.items():
+        assert (tmp_path / name).read_text() == text, "run `make results`"
 
 
 def test_unknown_block_is_refused() -> None:

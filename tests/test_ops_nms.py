@@ -5,7 +5,7 @@ import torch
 
 from utils.ops.boxes import box_iou, cxcywh_to_xyxy
 from utils.ops.detections import Detections
-from utils.ops.nms import non_max_suppression
+from utils.ops.nms import non_max_suppression, suppress
 
 
 def predictions(n=120, nc=3, seed=0, shift=0.0):
@@ -68,3 +68,15 @@ def test_detections_validate_themselves():
     with pytest.raises(ValueError, match="expected 0 to 1"):
         Detections.from_rows([[0, 0, 1, 1, 0.5, 7]], ["cat", "dog"])
     assert Detections.from_rows([]).summary() == "(no detections)"
+
+
+def test_a_limit_keeps_the_best_of_all():
+    generator = torch.Generator().manual_seed(0)
+    for n in (1, 30, 900):
+        corner = torch.rand(n, 2, generator=generator) * 200
+        boxes = torch.cat((corner, corner + torch.rand(n, 2, generator=generator) * 60), 1)
+        scores = torch.randint(0, 40, (n,), generator=generator) / 40.0  # ties
+        groups = torch.randint(0, 3, (n,), generator=generator)
+        everything = suppress(boxes, scores, groups, 0.5)
+        for limit in (1, 7, 50, 2000):
+            assert torch.equal(suppress(boxes, scores, groups, 0.5, limit), everything[:limit])

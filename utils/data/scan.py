@@ -10,9 +10,11 @@ import hashlib
 import io
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
@@ -248,17 +250,24 @@ def _scan_in_children(
     """Deal the chunks out to children, each fed by a thread of its own."""
     results: list[Scan | None] = [None] * len(chunks)
     todo = iter(range(len(chunks)))  # `next` on it is atomic
+    stop = threading.Event()
 
     def feed() -> None:
         with _Child(job) as child:
             for number in todo:
+                if stop.is_set():
+                    return
                 results[number] = child.ask(chunks[number])
                 if progress:
                     progress(len(chunks[number]))
 
-    with ThreadPoolExecutor(min(workers, len(chunks))) as pool:
-        for future in [pool.submit(feed) for _ in range(min(workers, len(chunks)))]:
-            future.result()
+    count = min(workers, len(chunks))
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            for future in [pool.submit(feed) for _ in range(count)]:
+                future.result()
+        finally:  # an error or Ctrl-C: the others end after their chunk
+            stop.set()
     return [result for result in results if result is not None]
 
 
@@ -329,7 +338,8 @@ def _receive(pipe: IO[bytes]) -> bytes | None:
 
 
 def _serve() -> None:
-    """The child: a job, then chunks, until the input ends."""
+    """The child: a job, then chunks, until the input ends. Ctrl-C is the parent's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     source, target = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # whatever prints must not disturb the pipe
     first = _receive(source)

@@ -132,9 +132,9 @@ def _paint(canvas: Floats, thing: Thing) -> Floats | None:
 
 
 def _side(rng: np.random.Generator) -> float:
-    """Long sides in pixels: most between 5 and 24, some medium, a few large."""
+    """Long sides in pixels: most between 6 and 26, some medium, a few large."""
     draw = rng.random()
-    low, high = (5, 24) if draw < 0.9 else (24, 56) if draw < 0.98 else (100, 130)
+    low, high = (6, 26) if draw < 0.9 else (26, 56) if draw < 0.98 else (100, 130)
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
@@ -166,11 +166,11 @@ def _expose(rng: np.random.Generator, canvas: Floats) -> Image:
 
 
 def draw_scene(seed: int, number: int, hw: tuple[int, int] = (160, 160), stream: int = _SAMPLE) -> Scene:
-    """Scene `number` of a stream: one in twenty is empty, the others hold 3 to 11 objects per 160 x 160 px."""
+    """Scene `number` of a stream: one in twenty is empty, the others hold 5 to 15 objects per 160 x 160 px."""
     rng = np.random.default_rng([seed, stream, number])
     canvas = draw_ground(rng, hw)
     density = hw[0] * hw[1] / 25600
-    count = 0 if rng.random() < 0.05 else int(round(density * rng.integers(3, 12)))
+    count = 0 if rng.random() < 0.05 else int(round(density * rng.integers(5, 16)))
     cls, boxes = [], []
     for thing in place_things(rng, hw, count):
         box = _paint(canvas, thing)
@@ -215,7 +215,7 @@ def write_dataset(root: str | Path, *, train: int = 320, val: int = 80, size: in
     root = Path(root)
     spec = root / "data.yaml"
     settings = (
-        f"# {train} train, {val} val scenes of {size} px, seed {seed}, drawn by utils/data/scenes.py, version 1\n"
+        f"# {train} train, {val} val scenes of {size} px, seed {seed}, drawn by utils/data/scenes.py, version 2\n"
     )
     if spec.is_file() and spec.read_text(encoding="utf-8").startswith(settings):
         return spec

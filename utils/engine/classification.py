@@ -128,35 +128,12 @@ def validate_classifier(
         raise UserError(
             f"the model has {len(names)} classes but {spec.yaml} has {len(index.names)}; give the data of its training"
         )
-    size = imgsz or (predictor.imgsz or (64, 64))[0]
-    dataset = ClassDataset(index, size, Hyp(), augment=False)
-    batch = predictor.batch or batch_size
-    loader = EvalLoader(dataset, batch, workers=workers, rank=dist.rank, world_size=dist.world_size)  # type: ignore[arg-type]
+    dataset = ClassDataset(index, imgsz or predictor.metadata.imgsz[0], Hyp(), augment=False)
+    loader = EvalLoader(dataset, batch_size, workers=workers, rank=dist.rank, world_size=dist.world_size)  # type: ignore[arg-type]
     try:
-        return measure(_padded(predictor), loader, index, dist), index
+        return measure(predictor, loader, index, dist), index
     finally:
         loader.close()
-
-
-def _padded(predictor: Any) -> Callable[[Tensor], Tensor]:
-    """A predictor whose file has a fixed batch size, for smaller batches too."""
-
-    def run(images: Tensor) -> Tensor:
-        missing = (predictor.batch or 0) - len(images)
-        if missing <= 0:
-            return predictor(images)
-        return predictor(torch.cat((images, images.new_zeros(missing, *images.shape[1:]))))[: len(images)]
-
-    return run
-
-
-def classify_image(predictor: Any, image: np.ndarray, imgsz: int | None = None) -> list[tuple[int, float]]:
-    """(class, probability) of the five likeliest classes of one image, uint8 [h, w, 3] RGB of any size."""
-    size = imgsz or (predictor.imgsz or (64, 64))[0]
-    pixels = torch.from_numpy(center_crop(image, size)).permute(2, 0, 1)[None]
-    logits = _padded(predictor)(pixels.to(predictor.device).float().div_(255))
-    confidence, top = logits.float().softmax(1)[0].topk(min(TOP, logits.shape[1]))
-    return list(zip(top.tolist(), confidence.tolist(), strict=True))
 
 
 def class_table(result: ClassResult, *, per_class: bool = True) -> str:
@@ -265,11 +242,54 @@ def disagreements(a: ClassResult, b: ClassResult) -> dict[str, np.ndarray]:
     }
 
 
-def disagreement_picture(
-    a: ClassResult, b: ClassResult, index: ClassIndex, path: str | Path, most: int = 8
-) -> Path | None:
-    """The paper's Fig. 7: images that `a` gets wrong and `b` right, with the label and both predictions."""
-    chosen = disagreements(a, b)["only_b"][:most]
-    names = b.names
-    texts = [(names[b.labels[i]], [f"B: {names[b.top[i, 0]]}", f"A: {names[a.top[i, 0]]}"]) for i in chosen]
-    return picture(index, chosen, texts, path)
+def sign_test(one: int, other: int) -> float:
+    """Two-sided exact p-value of `one` against `other` images that only one of two models gets right (McNemar)."""
+    n, low = one + other, min(one, other)
+    tail = sum(math.comb(n, k) for k in range(low + 1))
+    return min(1.0, float(2 * tail / 2**n)) if n else 1.0
+
+
+def compare_classes(
+    results: tuple[ClassResult, ClassResult],
+    labels: Sequence[str],
+    index: ClassIndex,
+    folder: str | Path,
+    most: int = 8,
+) -> dict[str, Any]:
+    """Two classifiers on the same images: accuracies, who is right where, and the paper's Fig. 7 both ways.
+
+    The pictures show images that one model gets wrong and the other right, with the label above and both predictions
+    below; those that the right (for `neither`: the second) model is surest of come first.
+    """
+    a, b = results
+    found = disagreements(a, b)
+    found["only_a"] = found["only_a"][np.argsort(-a.confidence[found["only_a"], 0], kind="stable")]
+    pictures = []
+    for key in ("only_a", "only_b"):
+        chosen = found[key][:most]
+        lines = [
+            (a.names[a.labels[i]], [f"A: {a.names[a.top[i, 0]]}", f"B: {b.names[b.top[i, 0]]}"])
+            for i in chosen.tolist()
+        ]
+        path = picture(index, chosen, lines, Path(folder) / f"{key}_right.jpg")
+        pictures += [path.name] if path else []
+    counts = {key: len(images) for key, images in found.items()}
+    return {
+        "A": {"name": labels[0], **a.metrics},
+        "B": {"name": labels[1], **b.metrics},
+        "images": counts,
+        "p_value": sign_test(counts["only_a"], counts["only_b"]),
+        "pictures": pictures,
+    }
+
+
+def comparison_lines(content: dict[str, Any]) -> str:
+    """The console's table of `compare_classes`."""
+    rows = [f"{'':>22}{'top1_acc':>11}{'top5_acc':>11}"]
+    rows += [f"{c['name'][:22]:>22}{c['top1']:>11.4f}{c['top5']:>11.4f}" for c in (content["A"], content["B"])]
+    n = content["images"]
+    rows.append(
+        f"both right {n['both']}, only A {n['only_a']}, only B {n['only_b']}, neither {n['neither']}; "
+        f"p = {content['p_value']:.3g} that the two single counts differ by chance (exact sign test)"
+    )
+    return "\n".join(rows)

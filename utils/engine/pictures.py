@@ -90,7 +90,7 @@ def draw_batch(
             image = image.repeat(int(scale), 0).repeat(int(scale), 1)
         table = np.asarray(rows[i], np.float64)
         cls = table[:, -1].astype(int)
-        texts = [names[c] if c < len(names) else str(c) for c in cls.tolist()]
+        texts = [names[int(c)] if c < len(names) else str(c) for c in cls]
         if table.shape[1] == 6:
             texts = [f"{text} {conf:.2f}" for text, conf in zip(texts, table[:, 4], strict=True)]
         drawn = draw_boxes(image, table[:, :4] * scale, cls, texts)

@@ -197,17 +197,17 @@ class CropWriter:
         self._gain, self._pad = gain, pad
         self._names = Stems()
 
-    def write(self, frame: Frame, detections: Detections) -> None:
+    def write(self, frame: Frame, result: Detections) -> None:
         stem = self._names.of_frame(frame)
         counts: dict[int, int] = {}
-        for i in range(len(detections)):
-            cls = int(detections.cls[i])
+        for i in range(len(result)):
+            cls = int(result.cls[i])
             counts[cls] = counts.get(cls, 0) + 1
             name = self._classes[cls] if cls < len(self._classes) else str(cls)
             number = f"_{counts[cls]}" if counts[cls] > 1 else ""
             path = self._folder / name / f"{stem}{number}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            cut = crop(frame.image, detections.xyxy[i], self._gain, self._pad)
+            cut = crop(frame.image, result.xyxy[i], self._gain, self._pad)
             path.write_bytes(encode_image(cut, ".jpg"))
 
     def close(self) -> None: ...

@@ -66,8 +66,9 @@ def _one_image(
 def suppress(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thres: float, limit: int | None = None) -> Tensor:
     """Greedy NMS within each group, for xyxy [N, 4], scores [N], groups [N] -> kept indices, best first.
 
-    Groups are separated by shifting them apart in float64, so images of any size keep exact IoUs. With `limit` only that
-    many are looked for: what is kept of the best n candidates does not depend on the rest, so n grows until it suffices.
+    Groups are separated by shifting them apart in float64, so images of any size keep exact IoUs. With `limit` only
+    that many are looked for: what is kept of the best n candidates does not depend on the rest, so n grows until it
+    suffices.
     """
     if not len(boxes):
         return torch.zeros(0, dtype=torch.long, device=boxes.device)

@@ -23,13 +23,10 @@ from utils.engine.classification import (
     draw_class_batch,
     measure,
     speed_of,
-    validate_classifier,
     write_class_report,
 )
 from utils.engine.settings import TrainConfig
 from utils.engine.tasks import Evaluation, LossTerm
-
-__all__ = ["ClassifyTask", "validate_classifier"]
 
 METRICS = {"metrics/accuracy_top1": "top1", "metrics/accuracy_top5": "top5", "val/cls_loss": "loss"}
 PREPROCESSING = {"color": "RGB", "layout": "NCHW", "range": [0.0, 1.0], "resize": "short side, center crop"}
