@@ -1,4 +1,4 @@
-"""Label index: first scan and cached start on synthetic label files, in files a second. `python benchmarks/index.py [N]`"""
+"""Label index: first scan and cached start on synthetic label files, in files/s. `python benchmarks/index.py [N]`"""
 
 import json
 import os
@@ -49,9 +49,8 @@ def main() -> None:
             index = build_index(spec, "train", rebuild=rebuild, workers=workers)
             seconds[name], cpu[name] = time.perf_counter() - began, sum(os.times()[:4]) - busy
             assert len(index) == count and not index.report.counts
-        print(
-            f"\n{count:,} images with a label file each, {len(index.cls):,} boxes, {index.nbytes / 1e6:.1f} MB in memory"
-        )
+        memory = f"{index.nbytes / 1e6:.1f} MB in memory"
+        print(f"\n{count:,} images with a label file each, {len(index.cls):,} boxes, {memory}")
         print(f"{'':<28}{'seconds':>10}{'label files/s':>16}{'CPU seconds':>14}")
         for name, value in seconds.items():
             print(f"{name:<28}{value:>10.2f}{count / value:>16,.0f}{cpu[name]:>14.2f}")

@@ -9,7 +9,7 @@ of the two paths alternate; the clock is the CPU time of this process, and the b
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ HW = (480, 640)
 class PlainIndex:
     """The parts of a label index that a dataset reads, filled with random boxes."""
 
-    files: list[Path]
+    files: Sequence[Path]
     shapes: np.ndarray
     offsets: np.ndarray
     cls: np.ndarray
@@ -46,7 +46,7 @@ class PlainIndex:
         return self.files[i]
 
 
-def random_index(files: list[Path], hw: tuple[int, int] = HW, mean: int = 7, seed: int = 0) -> PlainIndex:
+def random_index(files: Sequence[Path], hw: tuple[int, int] = HW, mean: int = 7, seed: int = 0) -> PlainIndex:
     """Boxes of COCO's density and sizes."""
     rng = np.random.default_rng(seed)
     counts = rng.poisson(mean, len(files))

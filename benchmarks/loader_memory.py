@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def measure(workers: int, images: int, steps: int, epochs: int) -> list[int]:
     return found
 
 
-class _Repeated:
+class _Repeated(Sequence[Path]):
     """A list of `count` names out of a few."""
 
     def __init__(self, files: list[Path], count: int) -> None:
@@ -60,7 +61,7 @@ class _Repeated:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, i: int) -> Path:
+    def __getitem__(self, i: int) -> Path:  # type: ignore[override]
         return self.files[i % len(self.files)]
 
 

@@ -16,12 +16,30 @@ from models.fusion import fuse
 from utils.core.errors import UserError
 
 RUNNABLE = [n for n, f in FORMATS.items() if f.exports and n != "engine"]
-NMS = NmsSettings(conf_thres=0.3, iou_thres=0.5, max_det=50)
+NMS = NmsSettings(conf_thres=0.3, iou_thres=0.5, max_det=200)
+SLOW_TO_EXPORT = ("torch_export", "openvino")
+
+
+def slow_if(condition):
+    return [pytest.mark.slow] if condition else []
 
 
 @pytest.fixture(scope="module")
 def model():
     return tiny_detector()
+
+
+@pytest.fixture(scope="module")
+def fixed(model, tmp_path_factory):
+    """The plain file of a format, written once."""
+    made = {}
+
+    def of(fmt):
+        if fmt not in made:
+            made[fmt] = export(fmt, model, tmp_path_factory.mktemp(fmt), batch=2)
+        return made[fmt]
+
+    return of
 
 
 def export(fmt, model, tmp_path, **options):
@@ -31,6 +49,7 @@ def export(fmt, model, tmp_path, **options):
     job = job_of(model, tmp_path / f"best{FORMATS[fmt].suffix.rstrip('/')}", **options)
     assert importlib.import_module(f"models.backends.{FORMATS[fmt].module}").export(job) == job.path
     predictor = load_predictor(job.path)
+    predictor.path = job.path
     assert predictor.metadata == job.metadata and predictor.names == list(NAMES)
     return predictor
 
@@ -47,8 +66,8 @@ def difference(model, predictor, images):
 
 
 @pytest.mark.parametrize("fmt", RUNNABLE)
-def test_fixed_file_gives_the_boxes_of_pytorch(fmt, model, tmp_path):
-    predictor = export(fmt, model, tmp_path, batch=2)
+def test_fixed_file_gives_the_boxes_of_pytorch(fmt, model, fixed):
+    predictor = fixed(fmt)
     assert (predictor.batch, predictor.imgsz) == (2, HW)
     found = difference(model, predictor, pictures(3))
     assert not found.failures(TOLERANCES["fp32"]), found
@@ -56,7 +75,7 @@ def test_fixed_file_gives_the_boxes_of_pytorch(fmt, model, tmp_path):
         predictor(pictures(2, (64, 64)))
 
 
-@pytest.mark.parametrize("fmt", RUNNABLE)
+@pytest.mark.parametrize("fmt", [pytest.param(f, marks=slow_if(f in SLOW_TO_EXPORT)) for f in RUNNABLE])
 def test_dynamic_half_file_with_nms_gives_the_boxes_of_pytorch(fmt, model, tmp_path):
     predictor = export(fmt, model, tmp_path, dynamic="all", precision="fp16", nms=NMS)
     assert predictor.end2end and (predictor.batch, predictor.imgsz) == (None, None)
@@ -78,7 +97,7 @@ def test_all_combinations_give_the_boxes_of_pytorch(fmt, dynamic, precision, cou
     assert not found.failures(TOLERANCES[precision]), found
 
 
-@pytest.mark.parametrize("fmt", [n for n in RUNNABLE if FORMATS[n].int8])
+@pytest.mark.parametrize("fmt", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_int8_keeps_the_head_in_float_and_finds_the_same(fmt, model, tmp_path):
     if fmt == "openvino":
         pytest.importorskip("nncf")
@@ -101,11 +120,10 @@ def test_unreadable_files_are_refused_in_one_line(fmt, tmp_path):
         load_predictor(path)
 
 
-def test_an_onnx_file_of_another_tool(model, tmp_path):
+def test_an_onnx_file_of_another_tool(model, fixed, tmp_path):
     onnx = pytest.importorskip("onnx")
-    export("onnx", model, tmp_path)
     path = tmp_path / "best.onnx"
-    graph = onnx.load(path)
+    graph = onnx.load(fixed("onnx").path)
     del graph.metadata_props[:]
     onnx.save(graph, path)
     with pytest.raises(UserError, match="--data DATA.yaml and --imgsz"):
@@ -118,18 +136,21 @@ def test_an_onnx_file_of_another_tool(model, tmp_path):
     assert not difference(model, predictor, pictures(1)).failures(TOLERANCES["fp32"])
 
 
-def test_onnx_holds_no_spd_and_names_no_folder(model, tmp_path):
+def test_onnx_holds_no_spd_and_names_no_folder(fixed, root):
     onnx = pytest.importorskip("onnx")
-    export("onnx", model, tmp_path)
-    raw = (tmp_path / "best.onnx").read_bytes()
+    raw = fixed("onnx").path.read_bytes()
     graph = onnx.load_from_string(raw).graph
     assert not layout_operations(graph)
-    assert b".py" not in raw and str(tmp_path).encode() not in raw
+    assert b".py" not in raw and str(root).encode() not in raw
     assert [i.name for i in graph.input] == ["images"] and [o.name for o in graph.output] == ["output0"]
-    unfused = job_of(model, tmp_path / "unfused.onnx", fused=False)
+
+
+@pytest.mark.slow
+def test_the_check_for_spd_finds_it_where_it_is(model, tmp_path):
+    pytest.importorskip("onnxscript")
     from models.backends.onnx_graph import build_graph
 
-    assert layout_operations(build_graph(unfused).graph), "the check finds SPD where it is"
+    assert layout_operations(build_graph(job_of(model, tmp_path / "x.onnx", fused=False)).graph)
 
 
 def layout_operations(graph):

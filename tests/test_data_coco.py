@@ -320,7 +320,14 @@ def test_joined_rings_keep_extents_and_area():
     area = abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
     single = [abs(cv2.contourArea(np.array(ring, np.float32).reshape(-1, 2))) for ring in rings]
     assert area == pytest.approx(sum(single))
-    for bad in ([[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], ["x"], [[1, 2, 3, 4, 5, None]], [[1, 2, 3, 4, 5, math.nan]], []):
+    for bad in (
+        [[1, 2, 3, 4]],
+        [[1, 2, 3, 4, 5, 6, 7]],
+        ["x"],
+        [[1, 2, 3, 4, 5, None]],
+        [[1, 2, 3, 4, 5, math.nan]],
+        [],
+    ):
         assert len(join_rings(bad)) == 0
 
 

@@ -120,7 +120,7 @@ def compare_raw(expected: Tensor, given: Tensor) -> Difference:
     px = (cxcywh_to_xyxy(expected[rows, :4]) - cxcywh_to_xyxy(given[rows, :4])).abs().max().item()
     own, other = (t[rows, 4:5] * t[rows, 5:] for t in (expected, given))
     detections = [non_max_suppression(t[None], conf_thres=CONFIDENT)[0] for t in (expected, given)]
-    found = _found(*detections, margin=CONFIDENT + 0.02, iou_thres=0.5)
+    found = _found(*detections, margin=CONFIDENT + 0.02, iou_thres=0.4)
     return Difference(px, (own - other).abs().max().item(), _worst(expected, given), len(rows), *found)
 
 

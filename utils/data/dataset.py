@@ -7,6 +7,7 @@ processes, caches and history have no say in either.
 import dataclasses
 from dataclasses import dataclass
 from hashlib import blake2b
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -29,12 +30,15 @@ SLICE_VISIBILITY = 0.25  # an object belongs to a training tile that shows at le
 class Index(Labels, Protocol):
     """What is read of a label index."""
 
-    shapes: np.ndarray
-    key: str
+    @property
+    def shapes(self) -> np.ndarray: ...
+
+    @property
+    def key(self) -> str: ...
 
     def __len__(self) -> int: ...
 
-    def file(self, i: int): ...
+    def file(self, i: int) -> Path: ...
 
 
 @dataclass(frozen=True)

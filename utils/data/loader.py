@@ -144,7 +144,7 @@ class _Pump:
             _Reader(dataset),  # type: ignore[arg-type]
             batch_size=None,
             sampler=self.requests,
-            collate_fn=_identity,
+            collate_fn=_identity,  # type: ignore[arg-type]
             num_workers=workers,
             worker_init_fn=_start_worker,
             persistent_workers=workers > 0,

@@ -73,7 +73,8 @@ def _beside(objects: Objects, patch: np.ndarray) -> Objects:
         high = spans & (patch[axis + 2] >= xyxy[:, axis + 2]) & (patch[axis] < xyxy[:, axis + 2])
         xyxy[low, axis] = np.minimum(patch[axis + 2], xyxy[low, axis + 2])
         xyxy[high, axis + 2] = np.maximum(patch[axis], xyxy[high, axis])
-    regions = np.where((xyxy[:, :2] < xyxy[:, 2:]).all(1)[:, None], xyxy, objects.xyxy)
+    left = np.all(xyxy[:, :2] < xyxy[:, 2:], axis=1, keepdims=True)
+    regions = np.where(left, xyxy, objects.xyxy)
     return objects.cut(regions)
 
 

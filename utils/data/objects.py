@@ -14,12 +14,23 @@ POLYGON_AREA_RATIO = 0.01  # the extents of a cut polygon are exact, so that a f
 class Labels(Protocol):
     """What is read of a label index (utils/data/index.py): packed arrays over all images."""
 
-    offsets: np.ndarray
-    cls: np.ndarray
-    boxes: np.ndarray
-    crowd: np.ndarray
-    poly_offsets: np.ndarray
-    poly_xy: np.ndarray
+    @property
+    def offsets(self) -> np.ndarray: ...
+
+    @property
+    def cls(self) -> np.ndarray: ...
+
+    @property
+    def boxes(self) -> np.ndarray: ...
+
+    @property
+    def crowd(self) -> np.ndarray: ...
+
+    @property
+    def poly_offsets(self) -> np.ndarray: ...
+
+    @property
+    def poly_xy(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)

@@ -285,7 +285,7 @@ class _Child:
         )
         assert self._process.stdin and self._process.stdout
         self._to, self._from = self._process.stdin, self._process.stdout
-        _send(self._to, json.dumps(asdict(job)).encode())
+        self._unsent = json.dumps(asdict(job)).encode()
 
     def __enter__(self) -> "_Child":
         return self
@@ -297,7 +297,11 @@ class _Child:
         self._process.wait()
 
     def ask(self, chunk: Sequence[tuple[str, str]]) -> Scan:
+        """What the child finds in a chunk."""
         try:
+            if self._unsent:
+                _send(self._to, self._unsent)
+                self._unsent = b""
             _send(self._to, json.dumps(chunk).encode())
             answer = _receive(self._from)
         except BrokenPipeError:

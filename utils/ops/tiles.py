@@ -40,7 +40,8 @@ def tile_boxes(hw: tuple[int, int], size: int, overlap: float, whole: bool = Tru
 def cut_by_tile(xyxy: np.ndarray, tile: Box, hw: tuple[int, int]) -> np.ndarray:
     """Which boxes [n, 4] (image pixels) touch an edge of `tile` that is not an edge of the image, bool [n]."""
     inner = np.array([tile[0] > 0, tile[1] > 0, tile[2] < hw[1], tile[3] < hw[0]])
-    return ((np.abs(xyxy - np.asarray(tile, np.float64)) <= EDGE) & inner).any(1)
+    near = np.abs(xyxy - np.asarray(tile, np.float64)) <= EDGE
+    return np.any(near & inner, axis=1)
 
 
 def merge_tiles(
