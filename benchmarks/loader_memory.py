@@ -56,10 +56,10 @@ class _Repeated(Sequence[Path]):
     """A list of `count` names out of a few."""
 
     def __init__(self, files: list[Path], count: int) -> None:
-        self.files, self.count = files, count
+        self.files, self.total = files, count
 
     def __len__(self) -> int:
-        return self.count
+        return self.total
 
     def __getitem__(self, i: int) -> Path:  # type: ignore[override]
         return self.files[i % len(self.files)]

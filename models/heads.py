@@ -54,8 +54,9 @@ class Detect(nn.Module):
         """Feature maps of the levels -> raw maps, each [B, anchors, H, W, 5 + nc]."""
         maps = []
         for conv, x in zip(self.m, features, strict=True):
-            b, _, h, w = x.shape
-            maps.append(conv(x).reshape(b, self.per_cell, self.outputs, h, w).permute(0, 1, 3, 4, 2))
+            y = conv(x)
+            b, _, h, w = y.shape
+            maps.append(y.reshape(b, self.per_cell, self.outputs, h, w).permute(0, 1, 3, 4, 2))
         return maps
 
     def decode(self, maps: list[Tensor]) -> Tensor:

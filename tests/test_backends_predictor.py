@@ -59,7 +59,7 @@ def test_the_native_predictor_gives_the_boxes_of_the_model_and_leaves_it_alone(f
     assert model.training and all(p.requires_grad and p.is_contiguous() for p in model.parameters())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     with torch.no_grad():
-        torch.testing.assert_close(given, model.eval().predict(pictures()), atol=5e-4, rtol=1e-5)
+        torch.testing.assert_close(given, model.eval().predict(pictures()), atol=5e-3, rtol=1e-5)
     assert predictor.names == list(NAMES) and predictor.strides == [4, 8] and predictor.metadata.imgsz == (64, 64)
 
 
@@ -76,5 +76,5 @@ def test_checkpoints_load_as_predictors(tmp_path, suffix):
     predictor = load_predictor(path)
     assert predictor.metadata.imgsz == (96, 96) and tuple(predictor.names) == NAMES and predictor.imgsz is None
     with torch.no_grad():
-        torch.testing.assert_close(predictor(pictures()), model.predict(pictures()), atol=5e-4, rtol=1e-5)
+        torch.testing.assert_close(predictor(pictures()), model.predict(pictures()), atol=5e-3, rtol=1e-5)
     assert predictor(pictures(1, (HW[0] * 2, HW[1]))).shape[0] == 1

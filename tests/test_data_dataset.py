@@ -59,6 +59,18 @@ def test_partners_stand_before_a_position():
     assert before(np.array([9]), 0).tolist() == [9]
 
 
+def test_the_window_uses_all_images_alike_and_anew_each_epoch():
+    """Three partners a position, drawn from the window: as even as draws from the whole set, other pairs each epoch."""
+    n, pairs, rng = 2000, [], np.random.default_rng(0)
+    for epoch in range(3):
+        order = epoch_order(n, 0, epoch)
+        partners = np.stack([rng.choice(before(order, p), 3) for p in range(n)])
+        counts = np.bincount(partners.reshape(-1), minlength=n)
+        assert abs(counts.mean() - 3) < 1e-9 and counts.std() < 1.1 * np.sqrt(3)  # the spread of independent draws
+        pairs.append({(int(a), int(b)) for a, row in zip(order, partners, strict=True) for b in row})
+    assert len(pairs[0] & pairs[1]) < 0.01 * len(pairs[0])
+
+
 def test_batch_shapes_hold_every_image():
     shapes = np.array([[480, 640], [300, 640], [333, 500]])
     assert batch_shape(shapes, 640, 32, 0.0) == (480, 640)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from models import build_model
+from models import build_model, find_cfg
 from models.fusion import absorb_spd, fuse, is_spd_fusible
 from models.spd import SPD, space_to_depth
 from models.summary import count_parameters
+from utils.core.yamls import load_yaml
 
 DETECTORS = ["yolov5-spd-n", "yolov5-spdconv-n", "yolov5-spd-n-p2"]
 LARGER = [f"yolov5-spd-{s}" for s in "smlx"] + [f"yolov5-spdconv-{s}" for s in "sml"]
@@ -52,7 +53,8 @@ def test_detectors_stay_equal(name: str) -> None:
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_classifiers_stay_equal(name: str) -> None:
-    model = randomized(build_model(name, nc=5), torch.float64)
+    cfg = {**load_yaml(find_cfg(name)), "width_multiple": 0.25}
+    model = randomized(build_model(cfg, nc=5), torch.float64)
     fused = fuse(model)
     x = torch.rand(2, 3, 32, 32, dtype=torch.float64)
     with torch.no_grad():

@@ -64,6 +64,7 @@ def test_an_image_does_not_depend_on_its_batch():
 def test_detections_validate_themselves():
     found = Detections.from_rows([[0, 0, 5, 5, 0.9, 1], [1, 1, 2, 2, 0.4, 0], [1, 1, 2, 2, 0.3, 1]], ["cat", "dog"])
     assert found.summary() == "1 cat, 2 dogs"
+    assert Detections.from_rows([[0, 0, 1, 1, 0.5, 0]] * 2, ["bus"]).summary() == "2 buses"
     assert len(found.filter(found.conf > 0.35)) == 2
     with pytest.raises(ValueError, match="expected 0 to 1"):
         Detections.from_rows([[0, 0, 1, 1, 0.5, 7]], ["cat", "dog"])

@@ -13,6 +13,7 @@ from utils.ops.boxes import box_iou, cxcywh_to_xyxy
 from utils.ops.nms import non_max_suppression
 
 CONFIDENT = 0.25
+NEAR_PX = 2.0
 LEAST_ROWS = 100  # the best rows of an image that are compared even where nothing is confident
 
 
@@ -157,11 +158,13 @@ def compare_detections(expected: Tensor, given: Tensor, nms: NmsSettings) -> Dif
 
 
 def _found(own: Tensor, given: Tensor, margin: float, iou_thres: float, agnostic: bool = False) -> tuple[int, int]:
-    """How many of `own` [n, 6] are above `margin`, and how many of those overlap a box of their class in `given`."""
+    """How many of `own` [n, 6] are above `margin`, and how many of those overlap, or nearly equal, a `given` box of
+    their class. (The IoU of boxes a few pixels wide falls to nothing at shifts that are allowed.)"""
     own = own[own[:, 4] > margin]
     if not len(own) or not len(given):
         return len(own), 0
     overlap = box_iou(own[:, :4], given[:, :4]) >= iou_thres
+    overlap |= (own[:, None, :4] - given[None, :, :4]).abs().amax(-1) <= NEAR_PX
     same = torch.ones_like(overlap) if agnostic else own[:, None, 5] == given[None, :, 5]
     return len(own), int((overlap & same).any(1).sum())
 

@@ -17,6 +17,7 @@ from utils.core.files import atomic_write
 from utils.core.yamls import dump_yaml
 
 NAMES = ("car", "boat", "plane", "silo")
+LENGTHS = (1.25, 1.35, 1.0, 1.0)  # long and narrow things are drawn longer, so that all classes cover similar areas
 SCALE = 4  # objects are drawn this many times larger and averaged down, which gives sub-pixel edges
 _TRAIN, _VAL, _VIDEO, _SAMPLE = range(4)
 
@@ -25,17 +26,17 @@ Floats = NDArray[np.float32]
 
 _GROUNDS = np.array([[62, 96, 70], [120, 150, 165], [98, 98, 98], [128, 96, 52], [70, 92, 118]], np.float32)  # BGR
 _BODIES = np.array(
-    [[40, 40, 190], [190, 90, 30], [230, 230, 230], [40, 170, 220], [60, 140, 50], [30, 30, 30]], np.float32
+    [[40, 40, 190], [190, 90, 30], [150, 60, 140], [40, 170, 220], [60, 140, 50], [30, 30, 30]], np.float32
 )
 # Outlines around the origin, long side 1, pointing along +x; one list of (polygon, shade) per class.
-_HULL = [(-0.5, -0.17), (0.2, -0.17), (0.5, 0.0), (0.2, 0.17), (-0.5, 0.17)]
+_HULL = [(-0.5, -0.2), (0.2, -0.2), (0.5, 0.0), (0.2, 0.2), (-0.5, 0.2)]
 _WINGS = [(-0.05, -0.5), (0.12, -0.5), (0.2, 0.0), (0.12, 0.5), (-0.05, 0.5), (0.0, 0.0)]
 _SHAPES: dict[str, list[tuple[list[tuple[float, float]], float]]] = {
     "car": [
-        ([(-0.5, -0.25), (0.5, -0.25), (0.5, 0.25), (-0.5, 0.25)], 1.0),
-        ([(0.08, -0.2), (0.26, -0.2), (0.26, 0.2), (0.08, 0.2)], 0.25),
+        ([(-0.5, -0.27), (0.5, -0.27), (0.5, 0.27), (-0.5, 0.27)], 1.0),
+        ([(0.08, -0.22), (0.26, -0.22), (0.26, 0.22), (0.08, 0.22)], 0.25),
     ],
-    "boat": [(_HULL, 1.0), ([(-0.38, -0.09), (0.1, -0.09), (0.1, 0.09), (-0.38, 0.09)], 0.45)],
+    "boat": [(_HULL, 1.0), ([(-0.38, -0.1), (0.1, -0.1), (0.1, 0.1), (-0.38, 0.1)], 0.45)],
     "plane": [
         ([(-0.5, -0.06), (0.42, -0.06), (0.5, 0.0), (0.42, 0.06), (-0.5, 0.06)], 1.0),
         (_WINGS, 0.92),
@@ -132,9 +133,9 @@ def _paint(canvas: Floats, thing: Thing) -> Floats | None:
 
 
 def _side(rng: np.random.Generator) -> float:
-    """Long sides in pixels: most between 6 and 26, some medium, a few large."""
+    """Long sides in pixels: most between 6 and 24, some medium, a few large."""
     draw = rng.random()
-    low, high = (6, 26) if draw < 0.9 else (26, 56) if draw < 0.98 else (100, 130)
+    low, high = (6, 24) if draw < 0.9 else (24, 56) if draw < 0.98 else (100, 130)
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
@@ -143,6 +144,7 @@ def place_things(rng: np.random.Generator, hw: tuple[int, int], count: int) -> l
     things: list[Thing] = []
     for side in sorted((min(_side(rng), 0.9 * min(hw)) for _ in range(count)), reverse=True):
         cls = int(rng.integers(len(NAMES)))
+        side = min(side * LENGTHS[cls], 0.9 * min(hw))
         color = _BODIES[rng.integers(len(_BODIES))] if cls == 0 else np.full(3, rng.uniform(190, 235))
         color = np.clip(color + rng.normal(0, 12, 3), 0, 255)
         for _ in range(20):
@@ -215,7 +217,7 @@ def write_dataset(root: str | Path, *, train: int = 320, val: int = 80, size: in
     root = Path(root)
     spec = root / "data.yaml"
     settings = (
-        f"# {train} train, {val} val scenes of {size} px, seed {seed}, drawn by utils/data/scenes.py, version 2\n"
+        f"# {train} train, {val} val scenes of {size} px, seed {seed}, drawn by utils/data/scenes.py, version 3\n"
     )
     if spec.is_file() and spec.read_text(encoding="utf-8").startswith(settings):
         return spec

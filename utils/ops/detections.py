@@ -59,5 +59,6 @@ class Detections:
         parts = []
         for cls, count in zip(*np.unique(self.cls, return_counts=True), strict=True):
             name = self.names[cls] if cls < len(self.names) else f"class {cls}"
-            parts.append(f"{count} {name}{'s' if count > 1 else ''}")
+            plural = "es" if name.endswith(("s", "x", "ch", "sh")) else "s"
+            parts.append(f"{count} {name}{plural if count > 1 else ''}")
         return ", ".join(parts) or "(no detections)"

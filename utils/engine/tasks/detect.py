@@ -129,7 +129,7 @@ class DetectTask:
         amp = torch.float16 if dist.device.type == "cuda" and config.amp != "off" else None
         predictor = ModelPredictor(model, self.names, device=dist.device, amp=amp)
         criterion = DetectionLoss(model.anchors, model.strides, len(self.names), self.hyp, config.imgsz)  # type: ignore[arg-type]
-        pictures = BatchPictures(folder, self.names) if folder and dist.is_main and not config.noplots else None
+        pictures = BatchPictures(folder, self.names) if folder and not config.noplots else None
         result = validate(
             predictor, self._validation_loader(), self.val_index, self.names, self._settings, dist,
             loss=criterion, on_batch=pictures,
