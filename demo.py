@@ -25,7 +25,10 @@ from utils.engine.report import write_json
 
 HERE = Path(__file__).resolve().parent
 # A run of minutes wants many steps: small batches, and an optimizer that finds its own scale.
-RECIPE = {"lr0": 0.002, "cls": 2.0, "nominal_batch": 8, "warmup_bias_lr": 0.01}
+RECIPE = {
+    "lr0": 0.003, "warmup_bias_lr": 0.01, "nominal_batch": 8, "box": 0.15, "obj": 4, "cls": 6,
+    "mosaic": 0, "scale": 0.3, "flipud": 0.5,
+}  # fmt: skip
 COLUMNS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
 
 
@@ -34,9 +37,9 @@ class DemoConfig:
     """Options of demo.py."""
 
     cfg: str = option("models/yolov5-spd-n.yaml", "model YAML")
-    epochs: int = option(30, "number of epochs")
-    train: int = option(320, "scenes to train on")
-    val: int = option(80, "scenes to validate on")
+    epochs: int = option(40, "number of epochs")
+    train: int = option(400, "scenes to train on")
+    val: int = option(100, "scenes to validate on")
     imgsz: int = option(160, "side of a scene and of the network's input in pixels")
     batch_size: int = option(8, "images per step", aliases=("batch",))
     device: str = option("", "cpu, mps, or a GPU number")

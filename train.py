@@ -88,6 +88,7 @@ def train(config: TrainConfig, dist: Dist, given: set[str]) -> TrainResult:
     spec = load_data(config.data)
     if config.download:
         dist.main_first(lambda: fetch(spec))
+        spec = load_data(config.data)  # class names may stand in what was fetched
     if checkpoint is not None and path is not None:
         hyp, folder = Hyp(**checkpoint["train"]["hyp"]), path.resolve().parent.parent
         model = unpack_model(checkpoint, path).model

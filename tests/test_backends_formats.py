@@ -16,7 +16,7 @@ from models.fusion import fuse
 from utils.core.errors import UserError
 
 RUNNABLE = [n for n, f in FORMATS.items() if f.exports and n != "engine"]
-NMS = NmsSettings(conf_thres=0.3, iou_thres=0.5, max_det=200)
+NMS = NmsSettings(conf_thres=0.4, iou_thres=0.5, max_det=300)
 SLOW_TO_EXPORT = ("torch_export", "openvino")
 
 

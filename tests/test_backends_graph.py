@@ -32,7 +32,9 @@ def predictions(batch=3, n=400, nc=4, size=120.0):
 
 
 def oracle(p, s):
-    return non_max_suppression(p, conf_thres=s.conf_thres, iou_thres=s.iou_thres, max_det=s.max_det, agnostic=s.agnostic)
+    return non_max_suppression(
+        p, conf_thres=s.conf_thres, iou_thres=s.iou_thres, max_det=s.max_det, agnostic=s.agnostic
+    )
 
 
 def same(given, expected):

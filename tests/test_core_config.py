@@ -77,6 +77,10 @@ def test_hyp_files_overrides_and_typos(tmp_path):
     path.write_text("lr0: 0.02\nmosaic: 0.5\n")
     hyp = load_hyp(path, ["mosaic=0.25"])
     assert (hyp.lr0, hyp.mosaic, hyp.momentum) == (0.02, 0.25, Hyp().momentum)
-    for overrides, part in ((["momentun=1"], "did you mean 'momentum'"), (["lr0=x"], "key=number"), (["fliplr=2"], "0 to 1")):
+    for overrides, part in (
+        (["momentun=1"], "did you mean 'momentum'"),
+        (["lr0=x"], "key=number"),
+        (["fliplr=2"], "0 to 1"),
+    ):
         with pytest.raises(UserError, match=part):
             load_hyp(path, overrides)

@@ -1,6 +1,7 @@
 """The house rules: who may import whom, where third parties live, and what no file may do."""
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,11 +33,14 @@ HARMLESS_NAMES = {"pickle.UnpicklingError"}  # an exception that torch.load rais
 NETWORK_ALLOWED = {"utils/data/download.py"}  # the only file that may fetch, and only on --download
 
 
-def sources() -> Iterator[tuple[str, ast.Module]]:
+@functools.cache
+def sources() -> tuple[tuple[str, ast.Module], ...]:
+    found = []
     for folder in ("", "models", "utils", "benchmarks", "experiments"):
         files = ROOT.glob("*.py") if not folder else (ROOT / folder).rglob("*.py")
         for path in sorted(files):
-            yield path.relative_to(ROOT).as_posix(), ast.parse(path.read_text(encoding="utf-8"), str(path))
+            found.append((path.relative_to(ROOT).as_posix(), ast.parse(path.read_text(encoding="utf-8"), str(path))))
+    return tuple(found)
 
 
 def room(module: str) -> str | None:

@@ -272,7 +272,7 @@ def test_odd_data_sets_train(tmp_path, count, labels, names):
 @pytest.mark.parametrize(
     ("labels", "names", "changes", "part"),
     [
-        ({}, ("a",), {}, "no label"),
+        ({}, ("a",), {}, "has a label"),
         ({"0": "5 .5 .5 .2 .2\n"}, ("a",), {}, "class"),
         ({"0": "0 .5 .5 .2 .2\n"}, ("a",), {"imgsz": 50}, "multiple of the model's largest stride"),
         ({"0": "0 .5 .5 .2 .2\n"}, ("a",), {"cfg": "yolov5nn"}, "yolov5n"),

@@ -15,6 +15,7 @@ from utils.core.dist import Dist
 from utils.core.errors import UserError
 from utils.core.hyp import Hyp
 from utils.core.log import LOGGER
+from utils.data.check import digest
 from utils.data.dataset import DetectionDataset
 from utils.data.index import LabelIndex, build_index
 from utils.data.loader import Batch, EvalLoader, TrainLoader
@@ -52,11 +53,9 @@ class DetectTask:
         self.val_index = dist.main_first(lambda: self._index("val"))
         if not len(self.val_index):
             raise UserError(f"{spec.yaml}: the validation set has no images; give `val:` a folder with images")
-        if not len(self.train_index.cls):
-            raise UserError(
-                f"{spec.yaml}: no label in {len(self.train_index)} training images; expected labels/<name>.txt beside "
-                "images/<name>.jpg, or an `annotations:` entry"
-            )
+        self.train_index.require_labels(spec.yaml)
+        for line in digest(self.train_index, config.imgsz):
+            LOGGER.info(line)
         slices = (config.slice, config.overlap) if config.slice else None
         self.dataset = DetectionDataset(
             self.train_index, config.imgsz, hyp, augment=True, seed=config.seed, rect=config.rect,
