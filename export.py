@@ -5,6 +5,7 @@ python export.py --weights best.pt --benchmark --data data/demo.yaml
 """
 
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,8 @@ from utils.core.errors import UserError
 from utils.core.files import existing_file
 from utils.core.log import LOGGER
 from utils.data.index import LabelIndex, build_index
-from utils.data.spec import load_data
+from utils.data.spec import DataSpec, load_data
+from utils.engine.classification import validate_classifier
 from utils.engine.evaluation import EvalPlan, evaluate
 from utils.engine.validate import ValSettings
 
@@ -114,7 +116,7 @@ class Export:
         self.nms = self._nms()
         self.metadata = describe(self.loaded, cfg, self.nms)
         self.network = self.loaded.model
-        if cfg.fuse and self.task == "detect":
+        if cfg.fuse:
             self.network = fuse(self.network)
             for line in self.network.fusion_report:
                 LOGGER.info(f"fusion: {line}")
@@ -124,9 +126,7 @@ class Export:
         self.pictures = choose(
             self.metadata, data=cfg.data, source=cfg.source, count=cfg.images, batch=self.metadata.batch
         )
-        self.measure: Measure | None = (
-            measure_on(cfg.data, self.metadata) if cfg.data and self.task == "detect" else None
-        )
+        self.measure: Measure | None = measure_on(cfg.data, self.metadata) if cfg.data else None
         self.expected: dict[str, float] = {}
 
     def _nms(self) -> NmsSettings | None:
@@ -181,12 +181,12 @@ class Export:
         if self.measure is not None:
             self.expected = self.expected or self.measure(self.reference, self.nms)
             done.metrics = self.measure(predictor, self.nms)
-            LOGGER.info(
-                f"{done.format.title}: AP {done.metrics['AP']:.4f}, PyTorch {self.expected['AP']:.4f}; "
-                f"AP_S {done.metrics['AP_S']:.4f}, PyTorch {self.expected['AP_S']:.4f} ({self.cfg.data})"
-            )
-            if not abs(done.metrics["AP"] - self.expected["AP"]) <= tolerance.ap:
-                failures.append(f"AP {done.metrics['AP']:.4f} is not PyTorch's {self.expected['AP']:.4f}")
+            both = {key: (value, self.expected[key]) for key, value in done.metrics.items()}
+            text = ", ".join(f"{key} {own:.4f} (PyTorch {expected:.4f})" for key, (own, expected) in both.items())
+            LOGGER.info(f"{done.format.title}: {text} on {self.cfg.data}")
+            name, (own, expected) = next(iter(both.items()))
+            if abs(own - expected) > tolerance.ap or math.isnan(own) != math.isnan(expected):
+                failures.append(f"{name} {own:.4f} is not PyTorch's {expected:.4f}")
         if self.cfg.benchmark:
             done.ms = milliseconds(predictor, next(iter(self.pictures)))
         done.failure = "; ".join(failures)
@@ -195,20 +195,19 @@ class Export:
 def describe(loaded: LoadedModel, cfg: ExportConfig, nms: NmsSettings | None) -> Metadata:
     """The metadata of the files to be written; refuses sizes that the network cannot take."""
     model, meta = loaded.model, loaded.meta
-    detect = model.task == "detect"
     if cfg.half and cfg.int8:
         raise UserError("--half and --int8 together; choose one precision")
     if cfg.batch_size < 1:
         raise UserError(f"--batch-size {cfg.batch_size}; expected 1 or more")
     size = pair(cfg.imgsz or meta.get("imgsz") or 640)
-    stride = model.max_stride if detect else 1
+    stride = model.max_stride
     if min(size) < stride or any(v % stride for v in size):
         near = sorted({max(v // stride, 1) * stride for v in size} | {-(-v // stride) * stride for v in size})
         raise UserError(f"--imgsz {size[0]} {size[1]} is not a multiple of the stride {stride}; usable nearby: {near}")
     return Metadata(
         names=tuple(loaded.names),
         imgsz=size,
-        strides=tuple(model.strides) if detect else (),
+        strides=tuple(model.strides),
         task=model.task,
         batch=cfg.batch_size,
         channels=model.cfg.get("ch", 3),
@@ -223,8 +222,10 @@ def describe(loaded: LoadedModel, cfg: ExportConfig, nms: NmsSettings | None) ->
 
 
 def measure_on(data: str, metadata: Metadata) -> Measure:
-    """A function from a predictor to its AP on the validation split, with the same square letterbox for all of them."""
+    """A function from a predictor to its AP (or top-1) on the validation split, with one letterbox size for all."""
     spec = load_data(data)
+    if metadata.task == "classify":
+        return lambda predictor, nms: measure_classifier(predictor, spec)
     index: LabelIndex = build_index(spec, "val")
     plan = EvalPlan(imgsz=metadata.imgsz, batch_size=max(metadata.batch, 8), workers=0, rect=False)
 
@@ -236,6 +237,12 @@ def measure_on(data: str, metadata: Metadata) -> Measure:
         return {key: float(result.metrics[key]) for key in ("AP", "AP50", "AP_S")}
 
     return measure
+
+
+def measure_classifier(predictor: Predictor, spec: DataSpec) -> dict[str, float]:
+    """Top-1 and top-5 accuracy on the validation split."""
+    result, _ = validate_classifier(predictor, spec, Dist.single(predictor.device))
+    return {key: float(result.metrics[key]) for key in ("top1", "top5")}
 
 
 def size_mb(path: Path) -> float:
@@ -250,11 +257,14 @@ def _int8_formats() -> list[str]:
 
 def benchmark_table(rows: Sequence[Exported]) -> str:
     """The table of --benchmark."""
-    lines = [f"{'format':<14}{'MB':>8}{'AP':>9}{'AP_S':>9}{'ms/image':>10}  note"]
+    columns = ("top1", "top5") if any("top1" in row.metrics for row in rows) else ("AP", "AP_S")
+    lines = [f"{'format':<14}{'MB':>8}{columns[0]:>9}{columns[1]:>9}{'ms/image':>10}  note"]
     for row in rows:
-        ap, ap_s = row.metrics.get("AP", float("nan")), row.metrics.get("AP_S", float("nan"))
+        first, second = (row.metrics.get(key, float("nan")) for key in columns)
         note = row.failure or row.skipped
-        lines.append(f"{row.format.title:<14}{row.size_mb:>8.1f}{ap:>9.4f}{ap_s:>9.4f}{row.ms:>10.1f}  {note}".rstrip())
+        lines.append(
+            f"{row.format.title:<14}{row.size_mb:>8.1f}{first:>9.4f}{second:>9.4f}{row.ms:>10.1f}  {note}".rstrip()
+        )
     return "\n".join(lines)
 
 

@@ -115,10 +115,10 @@ def load_experiment(path: Path) -> Experiment:
     if len(vary) > 1:
         raise UserError(f"{path}: 'vary:' names {', '.join(vary)}; expected one option")
     values: list[Any] = next(iter(vary.values()), [])
+    seeds: list[int] = data.get("seeds") or [0]
     runs = []
-    for seed, value, (model, own) in itertools.product(
-        data.get("seeds") or [0], values or [None], data["models"].items()
-    ):
+    models: list[tuple[str, dict]] = list(data["models"].items())
+    for seed, value, (model, own) in ((s, v, m) for s in seeds for v in values or [None] for m in models):
         train = {"data": relative(data_root() / data["data"]), **(data.get("train") or {}), **own}
         name = model
         if value is not None:

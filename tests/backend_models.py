@@ -1,6 +1,7 @@
 """A detector and files of it, small enough that exporting it takes a second."""
 
-from collections.abc import Callable
+import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,12 @@ CFG: dict[str, Any] = {
 
 
 def tiny_detector() -> nn.Module:
+    """A copy of the one test model."""
+    return copy.deepcopy(_detector())
+
+
+@functools.cache
+def _detector() -> nn.Module:
     """Two levels of stride 4 and 8, whose normalization has the statistics of `pictures()` and whose outputs vary."""
     torch.manual_seed(3)
     model = build_model(CFG).train()
@@ -71,6 +78,3 @@ def pictures(count: int = 3, hw: tuple[int, int] = HW) -> torch.Tensor:
     """Smooth random images, float [count, 3, H, W] in 0..1."""
     coarse = torch.rand(count, 3, hw[0] // 8, hw[1] // 8, generator=torch.Generator().manual_seed(5))
     return nn.functional.interpolate(coarse, size=hw, mode="bilinear")
-
-
-Make = Callable[..., ExportJob]

@@ -17,7 +17,9 @@ def _session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Caches go to a temporary folder (child processes included); a fixed number of threads keeps results equal."""
     before = os.environ.get("YOLOV5_SPD_CACHE")
     os.environ["YOLOV5_SPD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    threads = max((os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)), 1)
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     yield
     if before is None:
         del os.environ["YOLOV5_SPD_CACHE"]

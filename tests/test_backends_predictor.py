@@ -1,11 +1,13 @@
 """The rules that every predictor follows, and the native one: fused or not, it gives the model's boxes."""
 
 import copy
+import json
 
 import pytest
 import torch
 from backend_models import HW, NAMES, pictures, tiny_detector
 
+from benchmarks import inference
 from models.backends import load_predictor
 from models.backends.base import Metadata, Predictor
 from models.backends.pytorch import PyTorchPredictor
@@ -78,3 +80,16 @@ def test_checkpoints_load_as_predictors(tmp_path, suffix):
     with torch.no_grad():
         torch.testing.assert_close(predictor(pictures()), model.predict(pictures()), atol=5e-3, rtol=1e-5)
     assert predictor(pictures(1, (HW[0] * 2, HW[1]))).shape[0] == 1
+
+
+def test_the_benchmark_compares_like_with_like(capsys):
+    model = tiny_detector()
+    with torch.no_grad():
+        expected = model.predict(pictures())
+    torch.testing.assert_close(inference.published_layout(model)(pictures()), expected, atol=5e-3, rtol=1e-5)
+    assert any(isinstance(m, inference.SlicedSPD) for m in model.modules())
+    argv = ["--models", "yolov5-spd-n", "--formats", "--imgsz", "64", "--rounds", "1", "--calls", "1"]
+    assert inference.main(argv) == 0
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert set(result["ms"]["yolov5-spd-n"]) == set(result["ms"]["yolov5n"]) == {inference.BASELINE, "PyTorch"}
+    assert result["spd_to_plain"]["yolov5-spd-n"]["PyTorch"] > 0

@@ -1,6 +1,6 @@
 """The pictures that exports are verified and calibrated on: of a data set, of a path, or drawn when there are none."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models.backends.base import Metadata
 from utils.core.errors import UserError
+from utils.data.folder import center_crop
 from utils.data.images import read_image
 from utils.data.listing import list_images
 from utils.data.scenes import draw_scene
@@ -73,22 +74,14 @@ def read(source: Source, metadata: Metadata) -> np.ndarray:
 
 
 def network_image(image: np.ndarray, metadata: Metadata) -> Tensor:
-    """A picture as the network takes it, float [C, H, W]: letterboxed to the file's size (detection) or resized."""
-    hw, facts = metadata.imgsz, metadata.preprocessing
+    """A picture as the network takes it, float [C, H, W]: letterboxed (detection) or cropped to the middle."""
+    hw = metadata.imgsz
     if metadata.task == "detect":
         fitted = letterbox_image(image, letterbox_geometry(image.shape[:2], hw))
     else:
-        fitted = resize(image, hw)
+        fitted = center_crop(image, hw[0]) if hw[0] == hw[1] else resize(image, hw)
     fitted = _channels(fitted, metadata.channels)
-    values = torch.from_numpy(np.ascontiguousarray(fitted)).permute(2, 0, 1).float() / 255
-    mean, std = facts.get("mean"), facts.get("std")
-    if _numbers(mean) and _numbers(std):
-        values = (values - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
-    return values.contiguous()
-
-
-def _numbers(value: object) -> bool:
-    return isinstance(value, Sequence) and all(isinstance(v, int | float) for v in value)
+    return (torch.from_numpy(np.ascontiguousarray(fitted)).permute(2, 0, 1).float() / 255).contiguous()
 
 
 def _channels(image: np.ndarray, channels: int) -> np.ndarray:

@@ -37,10 +37,10 @@ class PyTorchPredictor(Predictor):
         metadata = Metadata(
             names=tuple(names),
             imgsz=pair(imgsz),
-            strides=tuple(model.strides) if task == "detect" else (),
+            strides=tuple(model.strides),
             task=task,
             channels=model.cfg.get("ch", 3),
-            max_stride=model.max_stride if task == "detect" else 1,
+            max_stride=model.max_stride,
             dynamic="all",
             preprocessing=dict(preprocessing or DEFAULT_PREPROCESSING),
         )
@@ -49,7 +49,7 @@ class PyTorchPredictor(Predictor):
             LOGGER.warning("half precision of a PyTorch model needs a GPU: running in float32 on the CPU")
             half = False
         super().__init__(metadata, device, half)
-        network = fuse_network(model) if fuse and task == "detect" else copy.deepcopy(model).eval()
+        network = fuse_network(model) if fuse else copy.deepcopy(model).eval()
         self.network = network.float().to(device).requires_grad_(False)
         if half:
             halve(self.network)

@@ -70,7 +70,7 @@ def _noise(rng: np.random.Generator, hw: tuple[int, int], cells: int) -> Floats:
     """Smooth noise of mean 0 and deviation 1 with about `cells` bumps along the long side."""
     h, w = hw
     small = rng.standard_normal((max(h * cells // max(hw), 2), max(w * cells // max(hw), 2)), np.float32)
-    return cv2.resize(small, (w, h), interpolation=cv2.INTER_CUBIC)
+    return cv2.resize(small, (w, h), interpolation=cv2.INTER_CUBIC).astype(np.float32, copy=False)
 
 
 def draw_ground(rng: np.random.Generator, hw: tuple[int, int]) -> Floats:

@@ -67,15 +67,18 @@ class AnchorCheck:
     changed: bool
 
 
-def check_anchors(wh: np.ndarray, anchors: np.ndarray, thr: float, seed: int = 0) -> AnchorCheck:
-    """Keep `anchors` [nl, na, 2] (px) when they can learn at least 98 % of the boxes [n, 2] (px), else fit new ones."""
+def check_anchors(wh: np.ndarray, anchors: np.ndarray, thr: float, seed: int = 0, force: bool = False) -> AnchorCheck:
+    """Keep `anchors` [nl, na, 2] (px) when they can learn at least 98 % of the boxes [n, 2] (px), else fit new ones.
+
+    `force` fits new ones whatever the recall.
+    """
     flat = anchors.reshape(-1, 2).astype(np.float64)
     wh = wh.clip(min=1e-3)
     recall = anchor_fit(wh, flat, thr)[0] if len(wh) else 1.0
-    if recall >= 0.98:
+    if recall >= 0.98 and not force:
         return AnchorCheck(anchors, recall, recall, False)
     fitted = kmeans_anchors(wh, len(flat), thr, seed)
     new_recall = 0.0 if fitted is None else anchor_fit(wh, fitted, thr)[0]
-    if fitted is None or new_recall <= recall:
+    if fitted is None or (new_recall <= recall and not force):
         return AnchorCheck(anchors, recall, recall, False)
     return AnchorCheck(fitted.reshape(anchors.shape), recall, new_recall, True)

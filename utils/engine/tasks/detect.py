@@ -79,8 +79,9 @@ class DetectTask:
         gain = self.imgsz / np.maximum(hw.max(1, keepdims=True), 1)
         boxes = self.train_index.boxes.astype(np.float64)
         wh = (boxes[:, 2:] - boxes[:, :2])[~self.train_index.crowd] * gain[~self.train_index.crowd]
+        counted = bool(self.model.cfg.get("anchors_from_data"))  # type: ignore[union-attr]
         own = self.model.anchors.cpu().numpy()  # type: ignore[union-attr, operator]
-        check = check_anchors(wh, own, self.hyp.anchor_t, self.config.seed)
+        check = check_anchors(wh, own, self.hyp.anchor_t, self.config.seed, force=counted)
         if check.changed:
             self.model.set_anchors(torch.from_numpy(check.anchors))  # type: ignore[operator]
             LOGGER.info(f"anchors fitted to the data: recall {check.recall:.4f} -> {check.new_recall:.4f}")
