@@ -149,7 +149,7 @@ class Broken(DetectionDataset):
             if self.how == "hang":
                 import time
 
-                time.sleep(60)
+                time.sleep(4)
             os._exit(1)
         return super().pixels(i)
 
@@ -171,9 +171,6 @@ def test_a_worker_that_dies_or_hangs_ends_the_run(index, how, message):
     loader = TrainLoader(dataset, 4, workers=1, timeout=2 if how == "hang" else 60)
     with pytest.raises(UserError, match=message):
         batches(loader)
-    if how == "hang":
-        for worker in loader._pump.loader._iterator._workers:
-            worker.kill()
     loader.close()
 
 

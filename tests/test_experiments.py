@@ -105,6 +105,7 @@ def test_page_is_made_from_the_record(root: Path, tmp_path: Path) -> None:
     assert report.report(config).read_text() == text, "rebuilding changes nothing"
 
 
+@pytest.mark.slow
 def test_pages_of_the_repository_are_up_to_date(root: Path, tmp_path: Path) -> None:
     pages = {name: (root / name).read_text() for name in ("docs/results.md", "README.md")}
     (tmp_path / "docs").mkdir()
@@ -125,6 +126,7 @@ def smoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *args: str) -> list[d
     return ledger.read(tmp_path / "smoke" / "results.csv")
 
 
+@pytest.mark.slow
 def test_smoke_run_is_recorded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, root: Path) -> None:
     args = [str(root / "experiments" / "low_resolution.yaml"), "--only", "yolov5n@160"]
     (found,) = smoke(monkeypatch, tmp_path, *args)

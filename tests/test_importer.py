@@ -18,7 +18,6 @@ from models.weights import load_model
 from utils.core.errors import UserError
 from utils.core.yamls import load_yaml
 
-
 MINI = {
     "nc": 3, "depth_multiple": 1.0, "width_multiple": 0.125, "anchors": load_yaml(find_cfg("yolov5n"))["anchors"],
     "backbone": [
