@@ -37,7 +37,7 @@ class DemoConfig:
     """Options of demo.py."""
 
     cfg: str = option("models/yolov5-spd-n.yaml", "model YAML")
-    epochs: int = option(40, "number of epochs")
+    epochs: int = option(28, "number of epochs")
     train: int = option(400, "scenes to train on")
     val: int = option(100, "scenes to validate on")
     imgsz: int = option(160, "side of a scene and of the network's input in pixels")
