@@ -6,13 +6,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import build_model
+from models import build_model, find_cfg
 from models.resnet import Classifier
 from models.weights import load_model, pack_model
 from utils.core.checkpoint import save_checkpoint
 from utils.core.errors import UserError
+from utils.core.yamls import load_yaml
 
 CFGS = ["resnet18", "resnet50", "resnet18-spd", "resnet50-spd", "resnet18-spd-authors"]
+
+
+def narrow(name: str, nc: int) -> nn.Module:
+    """A network of a model YAML at a quarter of its width."""
+    return build_model({**load_yaml(find_cfg(name)), "width_multiple": 0.25}, nc=nc)
 
 
 def renamed(name: str) -> str:
@@ -53,7 +59,7 @@ def test_parameters_with_200_classes(name: str, millions: float) -> None:
 @pytest.mark.parametrize("name", ["resnet18-spd", "resnet50-spd"])
 def test_spd_networks_have_no_stride(name: str) -> None:
     """Four SPD layers do all of the down-sampling: no strided convolution (shortcuts included), no pooling."""
-    model = build_model(name, nc=3)
+    model = narrow(name, 3)
     kinds = [type(m).__name__ for m in model.modules()]
     assert kinds.count("SPD") == 4 and not any("Pool" in kind for kind in kinds)
     assert all(m.stride == (1, 1) for m in model.modules() if isinstance(m, nn.Conv2d))
@@ -61,14 +67,15 @@ def test_spd_networks_have_no_stride(name: str) -> None:
 
 
 def test_the_authors_shortcuts_keep_their_stride() -> None:
-    model = build_model("resnet18-spd-authors", nc=3)
+    model = narrow("resnet18-spd-authors", 3)
     strided = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.stride != (1, 1)]
     assert len(strided) == 3 and all(m.kernel_size == (1, 1) for m in strided)
 
 
 @pytest.mark.parametrize("name", CFGS)
 def test_forward_and_backward(name: str) -> None:
-    model = build_model(name, nc=5)
+    """At a quarter of the width: right shapes for an oblong image, gradients everywhere."""
+    model = narrow(name, 5)
     logits = model(torch.rand(2, 3, 32, 48))
     assert logits.shape == (2, 5)
     logits.sum().backward()
@@ -77,7 +84,7 @@ def test_forward_and_backward(name: str) -> None:
 
 def test_normalization_is_part_of_the_network(tmp_path) -> None:  # type: ignore[no-untyped-def]
     """Mean and deviation travel in the configuration, so that a checkpoint needs no preprocessing of its own."""
-    model = build_model("resnet18-spd", nc=4).eval()
+    model = narrow("resnet18-spd", 4).eval()
     x = torch.rand(2, 3, 32, 32)
     plain = model((x - torch.tensor([0.4, 0.5, 0.6])[:, None, None]) / 0.25)
     model.set_normalization([0.4, 0.5, 0.6], [0.25] * 3)
@@ -99,14 +106,14 @@ def test_normalization_is_part_of_the_network(tmp_path) -> None:  # type: ignore
     ],
 )
 def test_wrong_configurations_are_refused(change: dict, message: str) -> None:
-    cfg = {**build_model("resnet18", nc=3).cfg, **change}
+    cfg = {**load_yaml(find_cfg("resnet18")), **change}
     with pytest.raises(UserError, match=message):
         build_model(cfg)
 
 
 def test_odd_sizes_are_refused_by_spd() -> None:
     with pytest.raises(ValueError, match="does not divide"):
-        build_model("resnet18-spd", nc=2)(torch.rand(1, 3, 33, 32))
+        narrow("resnet18-spd", 2)(torch.rand(1, 3, 33, 32))
 
 
 def test_rows_can_be_written_freely() -> None:

@@ -4,6 +4,7 @@ A request names epoch, positions and images of one batch, so a worker keeps no s
 from any number of workers and processes, from any step on.
 """
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -168,10 +169,11 @@ class _Pump:
             raise UserError(_explain(str(error), self.workers, self.timeout)) from error
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers; one that dies meanwhile is no news."""
         iterator = getattr(self.loader, "_iterator", None)
         if iterator is not None and self.workers:
-            iterator._shutdown_workers()
+            with contextlib.suppress(RuntimeError):
+                iterator._shutdown_workers()
         self.loader._iterator = None
 
 
