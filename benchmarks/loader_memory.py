@@ -3,8 +3,8 @@
     python benchmarks/loader_memory.py [--images 100000] [--workers 4] [--steps 60] [--epochs 3]
 
 Shared pages count once (PSS). The index holds that many images, all of them one of 64 files. Each count of workers is
-measured in a process of its own, at the end of each epoch of `steps` batches of 16 at 640 px. One such epoch goes before
-the first that counts: a real one is a hundred times as long, and the allocator settles early in it.
+measured in a process of its own, at the end of each epoch of `steps` batches of 16 at 640 px. One such epoch goes
+before the first that counts: a real one is a hundred times as long, and the allocator settles early in it.
 """
 
 import argparse
