@@ -22,6 +22,7 @@ from utils.core.files import increment_path
 from utils.core.log import LOGGER
 from utils.data.scenes import write_dataset, write_video
 from utils.engine.report import write_json
+from utils.engine.trainer import EXIT_INTERRUPTED, Interrupted
 
 HERE = Path(__file__).resolve().parent
 # A run of minutes wants many steps: small batches, and an optimizer that finds its own scale.
@@ -143,7 +144,12 @@ def run(**kwargs: Any) -> DemoReport | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    demo(parse_config(DemoConfig, argv, "demo.py", __doc__ or ""))
+    config = parse_config(DemoConfig, argv, "demo.py", __doc__ or "")
+    try:
+        demo(config)
+    except Interrupted:
+        LOGGER.info("interrupted")
+        return EXIT_INTERRUPTED
     return 0
 
 
