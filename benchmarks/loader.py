@@ -7,6 +7,8 @@ of the two paths alternate; the clock is the CPU time of this process, and the b
 """
 
 import argparse
+import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -16,11 +18,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from benchmarks.classic import classic_sample, resized
-from utils.core.hyp import Hyp
-from utils.data.dataset import DetectionDataset
-from utils.data.images import read_image
-from utils.data.order import epoch_order
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.classic import classic_sample, resized  # noqa: E402
+from utils.core.hyp import Hyp  # noqa: E402
+from utils.data.dataset import DetectionDataset  # noqa: E402
+from utils.data.images import read_image  # noqa: E402
+from utils.data.order import epoch_order  # noqa: E402
 
 HW = (480, 640)
 
@@ -143,10 +147,15 @@ def main() -> None:
             return disk.sample(0, position, int(order[position]), out=out)
 
         print(f"{count} JPEGs of {HW[1]}x{HW[0]} to {options.imgsz} px mosaics, one core")
-        compare("cached", {"classic": classic(images.__getitem__), "fast": fast(cached)}, count, options.rounds)
+        rates = {}
+        rates["cached"] = compare(
+            "cached", {"classic": classic(images.__getitem__), "fast": fast(cached)}, count, options.rounds
+        )
         cached.close()
         from_disk = classic(lambda i: resized(read_image(index.file(i)), options.imgsz))
-        compare("from disk", {"classic": from_disk, "fast": fast_from_disk}, count, options.rounds)
+        rates["from disk"] = compare("from disk", {"classic": from_disk, "fast": fast_from_disk}, count, options.rounds)
+    ratios = {name: {**r, "ratio": r["fast"] / r["classic"]} for name, r in rates.items()}
+    print(json.dumps({"benchmark": "loader", "imgsz": options.imgsz, "images": count, "images_per_second": ratios}))
 
 
 if __name__ == "__main__":

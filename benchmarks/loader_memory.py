@@ -19,10 +19,12 @@ from pathlib import Path
 
 import cv2
 
-from benchmarks.loader import HW, random_index, write_images
-from utils.core.hyp import Hyp
-from utils.data.dataset import DetectionDataset
-from utils.data.loader import TrainLoader
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.loader import HW, random_index, write_images  # noqa: E402
+from utils.core.hyp import Hyp  # noqa: E402
+from utils.data.dataset import DetectionDataset  # noqa: E402
+from utils.data.loader import TrainLoader  # noqa: E402
 
 FILES = 64
 
@@ -90,6 +92,8 @@ def main() -> None:
         print(f"{workers} workers: PSS after each epoch {epochs} MiB; last / first {sizes[-1] / sizes[0]:.3f}")
     added = (results[options.workers][-1] - results[0][-1]) / options.workers / 2**20
     print(f"a worker adds {added:.0f} MiB")
+    growth = {f"{workers} workers": sizes[-1] / sizes[0] for workers, sizes in results.items()}
+    print(json.dumps({"benchmark": "loader_memory", "images": options.images, "MiB a worker": added, "growth": growth}))
 
 
 if __name__ == "__main__":

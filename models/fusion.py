@@ -41,7 +41,7 @@ class SplitConv2d(nn.Module):
 class MergedC3(nn.Module):
     """A C3 whose two 1x1 convolutions on the input are one; `entry` gives both branches, deep one first."""
 
-    def __init__(self, entry: nn.Module, deep: nn.Module, last: nn.Module) -> None:
+    def __init__(self, entry: nn.Sequential, deep: nn.Module, last: nn.Module) -> None:
         super().__init__()
         self.entry = entry
         self.m = deep
@@ -72,8 +72,9 @@ def fuse(model: Network) -> Network:
         elif isinstance(layer, C3 | C3SPP):
             layers[index] = merge_c3(layer)
     for module in layers.modules():
-        if isinstance(module, Conv) and hasattr(module.act, "inplace"):
-            setattr(module.act, "inplace", True)  # noqa: B010 - not every activation has it
+        act = module.act if isinstance(module, Conv) else module.entry[1] if isinstance(module, MergedC3) else None
+        if hasattr(act, "inplace"):  # the convolution's output is nobody else's
+            act.inplace = True
     fused.rows, fused.fusion_report = list(graph.rows.values()), tuple(report)
     return fused
 

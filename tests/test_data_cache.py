@@ -84,15 +84,30 @@ def test_levels_leave_the_size_that_is_asked_for():
 def test_recent_arrays_stay_within_their_bytes():
     recent, made = Recent(limit=300), []
 
-    def make(key):
-        return recent.get(key, lambda: made.append(key) or np.zeros(100, np.uint8))
+    def make(key, size=100):
+        got = recent.get(key, lambda: made.append(key) or np.full(size, key, np.uint8))
+        assert (got == key).all() and len(got) == size
 
-    for key in (1, 2, 3, 1, 4, 1, 2):
+    for key in (1, 2, 3, 1, 4, 2, 3, 1):
         make(key)
-    assert made == [1, 2, 3, 4, 2]  # the least recently used went first
-    assert recent.size <= 300
-    recent.get(9, lambda: np.zeros(1000, np.uint8))
-    assert recent.size <= 300
+    assert made == [1, 2, 3, 4, 1]  # the one decoded first went first
+    make(9, 1000)
+    make(9, 1000)
+    assert made[-2:] == [9, 9]  # too large to keep
+
+
+def test_recent_arrays_are_never_mixed_up():
+    """Arrays of all sizes, asked for at random, against their definition."""
+    rng, recent = np.random.default_rng(0), Recent(limit=1000)
+    sizes, hits = rng.integers(1, 400, 40), 0
+    for key in rng.integers(0, 12, 500).tolist() + rng.integers(0, 40, 500).tolist():
+        made = []
+        got = recent.get(key, lambda key=key, made=made: made.append(1) or np.full(sizes[key], key, np.uint8))
+        assert got.shape == (sizes[key],) and (got == key).all()
+        hits += not made
+        held = recent._arrays.items()
+        assert sum(len(a) for _, a in held) <= 1000 and all((a == k).all() for k, a in held)
+    assert hits > 100
 
 
 # ---------------------------------------------------------------------------------------------------- caches

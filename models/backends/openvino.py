@@ -86,7 +86,7 @@ class OpenVinoPredictor(Predictor):
     def infer(self, images: Tensor) -> Any:
         array = np.ascontiguousarray(images.detach().cpu().numpy(), dtype=np.float32)
         results = self.request.infer([array], share_inputs=True)
-        outputs = [torch.from_numpy(np.array(results[i])).to(self.device) for i in range(len(results))]
+        outputs = [torch.from_numpy(results[i]).to(self.device) for i in range(len(results))]  # copies, not views
         return rows_from_padded(*outputs) if self.end2end else outputs[0].float()
 
 

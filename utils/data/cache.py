@@ -6,7 +6,7 @@ Whether and where an image is cached never changes a picture: every way gives th
 import mmap
 import os
 import shutil
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
@@ -21,7 +21,9 @@ from utils.core.files import atomic_write, cache_dir
 from utils.core.log import LOGGER
 from utils.data.images import image_header, read_image
 
-RECENT_BYTES = 128 * 2**20  # decoded images that one process keeps at hand
+RECENT_BYTES = (
+    160 * 2**20
+)  # decoded images that one process keeps at hand: a window of them at COCO's sizes, and a quarter
 SHARED_FOLDER = Path("/dev/shm")
 _PREFIX = "yolov5-spd-"
 
@@ -57,24 +59,43 @@ def read_reduced(path: Path, hw: tuple[int, int], level: int) -> np.ndarray:
 
 
 class Recent:
-    """The most recently used arrays, up to a number of bytes."""
+    """The images decoded last, in one block of memory that is written round and round.
+
+    A block instead of many arrays, whose holes the allocator would not give back. What `get` returns is valid
+    until the next call.
+    """
 
     def __init__(self, limit: int = RECENT_BYTES) -> None:
-        self.limit, self.size = limit, 0
-        self._arrays: OrderedDict[int, np.ndarray] = OrderedDict()
+        self.limit = limit
+        self._block = np.empty(limit, np.uint8)  # pages are taken when first written
+        self._arrays: dict[int, np.ndarray] = {}
+        self._spans: deque[tuple[int, int]] = deque()  # key and start, oldest first
+        self._head = 0
 
     def get(self, key: int, make: Callable[[], np.ndarray]) -> np.ndarray:
         found = self._arrays.get(key)
         if found is not None:
-            self._arrays.move_to_end(key)
             return found
         made = make()
-        if made.nbytes <= self.limit:
-            self._arrays[key] = made
-            self.size += made.nbytes
-            while self.size > self.limit:
-                self.size -= self._arrays.popitem(last=False)[1].nbytes
-        return made
+        if made.nbytes > self.limit:
+            return made
+        kept = self._space(key, made.nbytes).reshape(made.shape)
+        kept[...] = made
+        self._arrays[key] = kept
+        return kept
+
+    def _space(self, key: int, size: int) -> np.ndarray:
+        """`size` bytes of the block, at the expense of the oldest arrays."""
+        start = self._head
+        if start + size > self.limit:
+            while self._spans and self._spans[0][1] >= start:  # what is left of the last round, up to the block's end
+                del self._arrays[self._spans.popleft()[0]]
+            start = 0
+        while self._spans and start <= self._spans[0][1] < start + size:
+            del self._arrays[self._spans.popleft()[0]]
+        self._head = start + size
+        self._spans.append((key, start))
+        return self._block[start : self._head]
 
 
 class Store(Protocol):

@@ -170,7 +170,7 @@ class DetectionDataset:
         return Frame((-(-y2 // level) - top, -(-x2 // level) - left), level, (left * level - x1, top * level - y1))
 
     def pixels(self, i: int) -> np.ndarray:
-        """The decoded pixels of item `i`, uint8 [h, w, 3]."""
+        """The decoded pixels of item `i`, uint8 [h, w, 3]; to be used before the next are asked for."""
         (h, w), level, _ = self.frame(i)
         left, top = (int(v) // level for v in self.unit_box[i, :2])
         return self._image(int(self.unit_image[i]))[top : top + h, left : left + w]

@@ -91,9 +91,13 @@ class _Reader:
 
     def __getitem__(self, request: Request) -> Batch | Failure:
         dataset = self.dataset
-        images = torch.empty((len(request.indices), *(request.hw or (dataset.imgsz,) * 2), 3), dtype=torch.uint8)
-        if torch.utils.data.get_worker_info() is not None and len(images):
-            images.share_memory_()  # drawn where the other process will see it, not copied there
+        shape = (len(request.indices), *(request.hw or (dataset.imgsz,) * 2), 3)
+        if torch.utils.data.get_worker_info() is not None and len(request.indices):
+            # drawn where the other process will see it, not copied there
+            images = torch.empty(shape, dtype=torch.uint8).share_memory_()
+        else:
+            # torch's aligned blocks fit no hole that an equal one left, so that the process would grow
+            images = torch.from_numpy(np.empty(shape, np.uint8))
         rows = images.numpy()
         try:
             samples = [
