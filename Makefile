@@ -48,7 +48,7 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 
 bench: $(STAMP)
-	@for file in $(filter-out benchmarks/classic.py benchmarks/slices.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(PY) $$file || exit 1; done
+	$(PY) -m experiments.bench
 
 results: $(STAMP)
 	$(PY) -m experiments.report

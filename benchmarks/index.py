@@ -55,7 +55,7 @@ def main() -> None:
         for name, value in seconds.items():
             print(f"{name:<28}{value:>10.2f}{count / value:>16,.0f}{cpu[name]:>14.2f}")
         print(f"load average of the last minute: {os.getloadavg()[0]:.1f} on {available_cores()} cores")
-    print(json.dumps({"benchmark": "index", "files": count, **{k: round(v, 3) for k, v in seconds.items()}}))
+    print(json.dumps({"benchmark": "index", "files": count, "seconds": {k: round(v, 3) for k, v in seconds.items()}}))
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     images = torch.rand(1, 3, args.imgsz, args.imgsz, generator=torch.Generator().manual_seed(0))
     machine = {**processor(), "threads": args.threads, "torch": torch.__version__, "imgsz": args.imgsz}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    result: dict[str, Any] = {"machine": machine, "ms": {}, "speedup": {}, "spd_to_plain": {}}
+    result: dict[str, Any] = {"benchmark": "inference", "machine": machine, "ms": {}, "speedup": {}, "spd_to_plain": {}}
     with working_folder(args.keep) as folder:
         for name in args.models:
             runs = candidates(name, args.imgsz, args.threads, args.formats, folder)

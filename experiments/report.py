@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments import ledger
+from experiments import bench, ledger
 from experiments.plans import ROOT, Experiment, all_experiments, command
 from utils.core.config import option, parse_config, run_cli
 from utils.core.errors import UserError
@@ -180,6 +180,15 @@ def coco_table(results: Sequence[Row]) -> str:
     return markdown(["model", "AP (paper)", "AP_S (paper)", "ms (paper)", "AP (here)", "AP_S (here)"], lines)
 
 
+def speed_block() -> str:
+    """What the benchmarks found, as recorded."""
+    parts = []
+    for name, found in bench.read(bench.RECORD).items():
+        origin = f"`{found['command']}`, commit {found['commit']}, {found['hardware']}, {found['software']}"
+        parts.append(f"{origin}\n\n{markdown(*bench.table(name, found))}")
+    return "\n\n".join(parts) or "Not run: `make bench`."
+
+
 def missing_block(experiments: Sequence[Experiment], results: Sequence[Row]) -> str:
     """What is planned and not recorded, with the command that runs it."""
     done = {(row["experiment"], row["run"], row["seed"]) for row in results}
@@ -242,6 +251,7 @@ def report(config: ReportConfig) -> Path:
     figures.mkdir(exist_ok=True)
     experiments = all_experiments()
     blocks: dict[str, Callable[[], str]] = {"coco2017": lambda: coco_table(results)}
+    blocks["speed"] = speed_block
     blocks["missing"] = lambda: missing_block(experiments, results)
     for e in experiments:
         blocks[e.name] = lambda e=e: experiment_block(e, results, differences, figures)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import ledger, report, run
+from experiments import bench, ledger, report, run
 from experiments.plans import all_experiments, flags, load_experiment
 from utils.core.errors import UserError
 
@@ -142,3 +142,49 @@ def test_smoke_of_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert {(found["experiment"], found["run"]) for found in rows} == expected
     pairs = {(one["a"], one["b"]) for one in ledger.read(tmp_path / "smoke" / "differences.csv")}
     assert ("yolov5n", "yolov5-spd-n") in pairs
+
+
+# ------------------------------------------------------------------------------------------------- benchmarks
+def test_benchmarks_are_all_known(root: Path) -> None:
+    files = {path.stem for path in (root / "benchmarks").glob("*.py")} - {"classic", "__init__"}
+    assert files == set(bench.NAMES)
+
+
+def test_a_benchmark_is_run_and_recorded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench, "RECORD", tmp_path / "benchmarks.jsonl")
+    monkeypatch.setattr(bench, "arguments", lambda name: ["500"])
+    for _ in range(2):
+        assert bench.main(["index"]) == 0
+    found = bench.read(bench.RECORD)
+    assert list(found) == ["index"] and found["index"]["files"] == 500 and found["index"]["commit"]
+    head, lines = bench.table("index", found["index"])
+    assert [len(line) for line in lines] == [len(head)] * 3
+    page = report.speed_block()
+    assert "python benchmarks/index.py 500" in page and "| cached start |" in page
+
+
+def test_benchmarks_without_their_data_are_skipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("YOLOV5_SPD_DATA", str(tmp_path))
+    monkeypatch.setattr(bench, "RECORD", tmp_path / "benchmarks.jsonl")
+    assert bench.main(["slices"]) == 0 and not bench.RECORD.exists()
+    with pytest.raises(UserError, match="no benchmark 'lodaer'.*loader"):
+        bench.main(["lodaer"])
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        (
+            "train_step",
+            {"results": [{"model": "m", "variant": "v", "images_per_second": 2.0, "ratio": 1.5, "memory": 9.0}]},
+        ),
+        ("inference", {"ms": {"m": {"a": 2.0}}, "speedup": {"m": {"a": 1.0}}, "spd_to_plain": {"m": {"a": 1.5}}}),
+        ("inference", {"ms": {"m": {"a": 2.0}}, "speedup": {"m": {"a": 1.0}}, "spd_to_plain": {"m": {}}}),
+        ("loader", {"images_per_second": {"cached": {"classic": 1.0, "fast": 2.0, "ratio": 2.0}}}),
+        ("loader_memory", {"MiB a worker": 12.0, "growth": {"0 workers": 1.0, "4 workers": 1.01}}),
+        ("slices", {"rows": [{"slice": 0, "recall": 0.1, "AP50": 0.2, "seconds": 3.0}]}),
+    ],
+)
+def test_benchmark_tables_have_full_lines(name: str, found: dict) -> None:
+    head, lines = bench.table(name, found)
+    assert lines and all(len(line) == len(head) for line in lines)
