@@ -63,7 +63,7 @@ def convert(config: ConvertConfig) -> ConvertReport:
     lines: tuple[str, ...] = ()
     exact = True
     if config.cfg:
-        target = build_model(config.cfg, nc=loaded.model.nc)  # type: ignore[arg-type]
+        target = build_model(config.cfg, nc=loaded.model.nc)
         if target.task != loaded.model.task:
             raise UserError(f"--cfg {config.cfg} is for task {target.task}, --weights for task {loaded.model.task}")
         started = initialise(target.eval(), loaded)

@@ -10,9 +10,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 from models import build_model
 from models.summary import Summary, summarize
@@ -38,13 +35,12 @@ def measure(config: InfoConfig) -> Summary:
     """The costs of the network that `config` names; the image size defaults to the checkpoint's own or the task's."""
     if Path(config.cfg).suffix in WEIGHTS:
         loaded = load_model(config.cfg)
-        model: nn.Module = loaded.model
+        model = loaded.model
         own = loaded.meta.get("imgsz")
     else:
         model = build_model(config.cfg, nc=config.nc or None)
         own = None
-    cfg: dict[str, Any] = getattr(model, "cfg", {})
-    size = _size(config.imgsz, own or cfg.get("imgsz") or DEFAULT_SIZE, getattr(model, "max_stride", 1))
+    size = _size(config.imgsz, own or model.cfg.get("imgsz") or DEFAULT_SIZE, model.max_stride)
     return summarize(model, size)
 
 

@@ -10,9 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from models import build_model
+from models import Network, build_model
 from models.conversion import initialise
 from models.weights import LoadedModel, load_model, unpack_model
 from utils.core.checkpoint import load_checkpoint
@@ -56,7 +54,7 @@ def read_hyp(config: TrainConfig) -> Hyp:
     return load_hyp(path, config.hyp_overrides)
 
 
-def make_model(config: TrainConfig, spec: DataSpec, hyp: Hyp) -> nn.Module:
+def make_model(config: TrainConfig, spec: DataSpec, hyp: Hyp) -> Network:
     """A network for the data's classes, from --cfg and/or --weights."""
     loaded: LoadedModel | None = load_model(config.weights) if config.weights else None
     nc = 1 if config.single_cls else spec.nc

@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor, nn
 
-from models import build_model
+from models import DetectionModel, build_model
 from models.backends import FORMATS, load_predictor
 from models.backends.base import Metadata
 from models.backends.graph import ExportJob
@@ -34,6 +34,7 @@ from models.backends.pytorch import PyTorchPredictor
 from models.fusion import fold_batch_norms, fuse
 from models.spd import SPD
 
+Name = TypeVar("Name", str, tuple[str, str])
 BASELINE = "published layout"
 PRECISIONS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8")}
 
@@ -45,7 +46,7 @@ class SlicedSPD(nn.Module):
         return torch.cat([x[..., i::2, j::2] for j in (0, 1) for i in (0, 1)], 1)
 
 
-def published_layout(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def published_layout(model: DetectionModel) -> Callable[[Tensor], Tensor]:
     """Folds batch normalization, replaces SPD by slices and keeps memory contiguous."""
     model = model.eval().requires_grad_(False)
     fold_batch_norms(model)
@@ -61,12 +62,14 @@ def published_layout(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def fresh(name: str, seed: int = 0) -> nn.Module:
+def fresh(name: str, seed: int = 0) -> DetectionModel:
     """A network with random weights and plausible statistics; latency does not depend on their values."""
     torch.manual_seed(seed)
     model = build_model(name)
+    assert isinstance(model, DetectionModel)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
     return model.eval()
@@ -97,9 +100,9 @@ def candidates(name: str, imgsz: int, threads: int, formats: Sequence[str], fold
     return runs
 
 
-def measure(runs: dict[str, Callable], images: Tensor, rounds: int, calls: int) -> dict[str, float]:
+def measure(runs: dict[Name, Callable], images: Tensor, rounds: int, calls: int) -> dict[Name, float]:
     """Milliseconds per call of each candidate, interleaved."""
-    medians: dict[str, list[float]] = {name: [] for name in runs}
+    medians: dict[Name, list[float]] = {name: [] for name in runs}
     for round_number in range(rounds + 1):  # the first round warms up
         for name, run in runs.items():
             times = []

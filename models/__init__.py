@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from models import attention, blocks, heads, spd
+from models.graph import Network
 from models.yolo import DetectionModel
 from utils.core.errors import UserError
 from utils.core.files import nearest
 from utils.core.yamls import load_yaml
 
-__all__ = ["DetectionModel", "attention", "blocks", "build_model", "find_cfg", "heads", "spd"]
+__all__ = ["DetectionModel", "Network", "attention", "blocks", "build_model", "find_cfg", "heads", "spd"]
 
 HOME = Path(__file__).resolve().parent
 AUTHORS_NAMES = {f"space_depth_{size}": f"yolov5-spd-{size}" for size in "nsml"}  # in the paper's published commands
@@ -32,7 +31,7 @@ def find_cfg(cfg: str | Path) -> Path:
     raise UserError(f"model YAML {str(cfg)!r} does not exist{nearest(stem, list(known))}; known: {', '.join(known)}")
 
 
-def build_model(cfg: str | Path | dict[str, Any], nc: int | None = None, ch: int = 3, anchors: Any = None) -> nn.Module:
+def build_model(cfg: str | Path | dict[str, Any], nc: int | None = None, ch: int = 3, anchors: Any = None) -> Network:
     """A network from a YAML path, the name of one that comes with the project, or a configuration as a dict.
 
     `nc` overrides the class count, `anchors` ([levels, anchors, 2] in pixels, or a count) those of the YAML. Gives a

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.convert_rows import NotConvertible, plan_rows
+from models.graph import Network
 from models.spd import replace_strides
 from models.weights import LoadedModel, Transfer, transfer
 from models.yolo import DetectionModel
@@ -38,20 +39,20 @@ class Initialization:
         return iter(self.lines)
 
 
-def initialise(model: nn.Module, loaded: LoadedModel) -> Initialization:
+def initialise(model: Network, loaded: LoadedModel) -> Initialization:
     """Start `model` from `loaded`: a copy, a function-preserving conversion, or a partial transfer, with a report."""
     source, lines = loaded.model, []
-    detectors = isinstance(model, DetectionModel) and isinstance(source, DetectionModel)
-    if detectors and not _same_rows(model, source):
+    detectors = (model, source) if isinstance(model, DetectionModel) and isinstance(source, DetectionModel) else None
+    if detectors and not _same_rows(*detectors):
         try:
-            return convert_to_spd(source.state_dict(), source.cfg, model)
+            return convert_to_spd(source.state_dict(), source.cfg, detectors[0])
         except NotConvertible as reason:
             lines.append(f"no function-preserving conversion: {reason}")
     result = transfer(model, source.state_dict())
     whole = _is_whole(result)
     lines += [str(result), *_named(result)]
     if detectors:
-        whole &= _take_anchors(model, source, lines)
+        whole &= _take_anchors(*detectors, lines)
     return Initialization("copy" if whole else "transfer", whole, tuple(lines), result)
 
 

@@ -106,7 +106,11 @@ class _Walk:
         if type(a) is not type(b) or not self._fed_alike(i, j):
             return None
         inputs = self._inputs(i)
-        if isinstance(a, Conv) and (a.conv.stride, a.conv.kernel_size) != (b.conv.stride, b.conv.kernel_size):
+        if (
+            isinstance(a, Conv)
+            and isinstance(b, Conv)
+            and (a.conv.stride, a.conv.kernel_size) != (b.conv.stride, b.conv.kernel_size)
+        ):
             return None
         if isinstance(a, Concat):
             starts = torch.tensor([0, *(p.width for p in inputs)]).cumsum(0)

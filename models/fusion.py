@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks import C3, C3SPP, BottleneckCSP, Concat, Conv
-from models.graph import Row
+from models.graph import Network, Row
 from models.heads import Detect
 from models.spd import SPD, Scale, scale_pair
 
-Network = TypeVar("Network", bound=nn.Module)
+AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
 
 class SplitConv2d(nn.Module):
@@ -52,15 +52,14 @@ class MergedC3(nn.Module):
         return self.cv3(torch.cat((self.m(deep), shallow), 1))
 
 
-def fuse(model: Network) -> Network:
+def fuse(model: AnyNetwork) -> AnyNetwork:
     """The same function as `model` in eval mode, as a new network without batch normalization and, where possible, SPD.
 
-    `model` (a network built from YAML rows) is not touched. What was done, and which SPD stays for what reason, is in
-    the new network's `fusion_report`.
+    `model` is not touched. What was done, and which SPD stays for what reason, is in the new network's `fusion_report`.
     """
-    fused: Any = copy.deepcopy(model).eval().requires_grad_(False)
+    fused = copy.deepcopy(model).eval().requires_grad_(False)
     report: list[str] = []
-    layers: nn.Sequential = fused.model
+    layers = fused.model
     fold_batch_norms(layers)
     for row in fused.rows:
         _absorb_inside(layers[row.index], f"row {row.index} {row.name}", report)
@@ -72,7 +71,7 @@ def fuse(model: Network) -> Network:
         elif isinstance(layer, C3 | C3SPP):
             layers[index] = merge_c3(layer)
     for module in layers.modules():
-        act = module.act if isinstance(module, Conv) else module.entry[1] if isinstance(module, MergedC3) else None
+        act: Any = module.act if isinstance(module, Conv) else module.entry[1] if isinstance(module, MergedC3) else None
         if hasattr(act, "inplace"):  # the convolution's output is nobody else's
             act.inplace = True
     fused.rows, fused.fusion_report = list(graph.rows.values()), tuple(report)

@@ -40,6 +40,30 @@ class Row:
     many: bool
 
 
+class Network(nn.Module):
+    """What detectors and classifiers share: layers in rows, built from a resolved configuration.
+
+    `cfg` rebuilds the very same network. Image sizes must be multiples of `max_stride`. `fusion_report` says what a
+    fused network's exact fusion did, line by line, and is empty for a network as trained.
+    """
+
+    task = ""
+
+    def __init__(self, cfg: dict[str, Any]) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.nc: int = cfg["nc"]
+        symbols = {key: cfg[key] for key in ("nc", "anchors") if key in cfg}
+        self.rows, self.model = parse_rows(cfg, cfg["ch"], symbols)
+        self.max_stride = 1
+        self.fusion_report: tuple[str, ...] = ()
+
+    @property
+    def strides(self) -> Sequence[int]:
+        """Pixels per cell of each level of a detector."""
+        return ()
+
+
 def run_rows(rows: Sequence[Row], layers: nn.Sequential, x: Tensor) -> Any:
     """The output of the last row for images [B, C, H, W]; an output is held only as long as a later row needs it."""
     last_use = {source: position for position, row in enumerate(rows) for source in row.sources}

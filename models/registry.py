@@ -71,7 +71,7 @@ def _same(c_in: int, *_: Any) -> int:
     return c_in
 
 
-ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
+ACTIVATIONS: dict[str, type[nn.Module]] = {
     cls.__name__: cls
     for cls in (
         nn.SiLU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Mish, nn.GELU,

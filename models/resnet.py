@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.graph import parse_rows, run_rows
+from models.graph import Network, run_rows
 from models.registry import layer
 from models.spd import SPD, scale_pair
 from utils.core.errors import UserError
@@ -144,25 +144,19 @@ class Classify(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-class Classifier(nn.Module):
+class Classifier(Network):
     """An image classifier of YAML rows that end in `Classify`.
 
-    `cfg` rebuilds the very same network. Images are normalized inside by `mean` and `std` of the configuration (for
-    values in 0..1; default: not at all), so that deployed files take plain images. Image sizes must be multiples of
-    `max_stride`, the product of the SPD scales.
+    Images are normalized inside by `mean` and `std` of the configuration (for values in 0..1; default: not at all), so
+    that deployed files take plain images. `max_stride` is the product of the SPD scales.
     """
 
     task = "classify"
-    strides: tuple[int, ...] = ()
-    fusion_report: tuple[str, ...] = ()
     mean: Tensor
     std: Tensor
 
     def __init__(self, cfg: dict[str, Any], nc: int | None = None, ch: int = 3) -> None:
-        super().__init__()
-        self.cfg = _resolve(cfg, nc, ch)
-        self.nc: int = self.cfg["nc"]
-        self.rows, self.model = parse_rows(self.cfg, self.cfg["ch"], {"nc": self.nc})
+        super().__init__(_resolve(cfg, nc, ch))
         if not isinstance(self.model[-1], Classify):
             raise UserError(f"the model YAML ends in {self.rows[-1].name}; expected Classify as the last row")
         self.max_stride = math.prod(max(scale_pair(m.scale)) for m in self.model.modules() if isinstance(m, SPD))

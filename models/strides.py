@@ -167,10 +167,11 @@ def _describe(layer: nn.Module) -> str:
         return f"{type(layer).__name__} {_by(window.kernel)}/{_by(window.stride)}{groups}"
     if isinstance(layer, Squeezed):
         inner = layer.layer
-        first = f"max {_by(inner.window.kernel)}" if isinstance(inner, DenseMax) else f"conv {_by(inner.kernel_size)}"
-        return f"{first}, SPD {_by(layer.window.stride)}, conv 1x1"
+        kind = "max" if isinstance(inner, DenseMax) else "conv"
+        kernel = inner.window.kernel if isinstance(inner, DenseMax) else _pair(inner.kernel_size)
+        return f"{kind} {_by(kernel)}, SPD {_by(layer.window.stride)}, conv 1x1"
     assert isinstance(layer, BlockConv)
-    return f"SPD {_by(layer.window.stride)}, conv {_by(layer.conv.kernel_size)}"
+    return f"SPD {_by(layer.window.stride)}, conv {_by(_pair(layer.conv.kernel_size))}"
 
 
 def _conv(layer: nn.Conv2d, channels: int | None, init: str, variant: str) -> nn.Module:
@@ -180,7 +181,8 @@ def _conv(layer: nn.Conv2d, channels: int | None, init: str, variant: str) -> nn
         new = BlockConv(c_in, c_out, window, groups, bias, odd=not keep, pad_mode=mode if keep else "zeros")
         conv, weight = new.conv, lift_kernel(layer.weight.data, new.window) if keep else None
     else:
-        conv = nn.Conv2d(c_in, c_out, layer.kernel_size, 1, layer.padding, layer.dilation, groups, bias, mode)
+        padding = layer.padding if isinstance(layer.padding, str) else window.padding
+        conv = nn.Conv2d(c_in, c_out, window.kernel, 1, padding, window.dilation, groups, bias, mode)
         new, weight = Squeezed(conv, c_out, window, groups), layer.weight.data.clone()
         if keep:
             new.start_on_first_block()

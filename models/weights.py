@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models import build_model
+from models.graph import Network
 from models.heads import Detect
 from models.yolo import DetectionModel
 from utils.core.checkpoint import is_native, load_checkpoint
@@ -29,17 +30,16 @@ BOX_OUTPUTS = 5  # x, y, w, h, objectness: what a head keeps when its classes ch
 class LoadedModel:
     """A network in float32 and eval mode, its class names, and what its file says (task, imgsz, licence, ...)."""
 
-    model: nn.Module
+    model: Network
     names: list[str]
     meta: dict[str, Any]
 
 
-def pack_model(model: nn.Module, names: Sequence[str], imgsz: int, **meta: Any) -> dict[str, Any]:
+def pack_model(model: Network, names: Sequence[str], imgsz: int, **meta: Any) -> dict[str, Any]:
     """The model part of a checkpoint: configuration, names, image size, further facts as `meta`, and the tensors."""
-    nc = int(model.nc)  # type: ignore[arg-type]
-    if len(names) != nc:
-        raise UserError(f"{len(names)} class names for a model of {nc} classes; give one name for each class")
-    facts = {"task": model.task, "imgsz": imgsz, "strides": list(getattr(model, "strides", [])), **meta}
+    if len(names) != model.nc:
+        raise UserError(f"{len(names)} class names for a model of {model.nc} classes; give one name for each class")
+    facts = {"task": model.task, "imgsz": imgsz, "strides": list(model.strides), **meta}
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -96,7 +96,7 @@ def _rebuild(
         model.cfg = {**model.cfg, "anchors": model.anchors.flatten(1).tolist()}
     if len(names) != model.nc:
         raise UserError(f"'{source}' names {len(names)} classes but its model has {model.nc}")
-    facts = {**facts, "task": model.task, "strides": list(getattr(model, "strides", []))}
+    facts = {**facts, "task": model.task, "strides": list(model.strides)}
     return LoadedModel(model.float().eval(), [str(name) for name in names], facts)
 
 

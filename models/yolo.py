@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.graph import Row, measure_strides, parse_rows, run_rows
+from models.graph import Network, measure_strides, run_rows
 from models.heads import Detect
 from utils.core.errors import UserError
 from utils.core.log import LOGGER
@@ -25,24 +25,17 @@ KNOWN_KEYS = (
 )  # fmt: skip
 
 
-class DetectionModel(nn.Module):
+class DetectionModel(Network):
     """A YOLOv5-family detector built from a resolved configuration.
 
-    `cfg` rebuilds the very same network (class count and anchors included); `strides` are those of the head's levels
-    and `max_stride` that of the coarsest map inside, of which image sizes must be multiples. `fusion_report` says what
-    a fused model's exact fusion did, line by line, and is empty for a model as trained.
+    `cfg` holds the class count and the anchors, too; `strides` are those of the head's levels and `max_stride` that of
+    the coarsest map inside.
     """
 
     task = "detect"
 
     def __init__(self, cfg: dict[str, Any], nc: int | None = None, ch: int = 3, anchors: Any = None) -> None:
-        super().__init__()
-        self.cfg = resolve(cfg, nc, ch, anchors)
-        self.nc: int = self.cfg["nc"]
-        symbols = {"nc": self.nc, "anchors": self.cfg["anchors"]}
-        self.rows: list[Row]
-        self.rows, self.model = parse_rows(self.cfg, self.cfg["ch"], symbols)
-        self.fusion_report: tuple[str, ...] = ()
+        super().__init__(resolve(cfg, nc, ch, anchors))
         head = self.model[-1]
         if not isinstance(head, Detect):
             raise UserError(f"the model YAML ends in {self.rows[-1].name}; expected Detect as the last row")

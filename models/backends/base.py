@@ -8,13 +8,14 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 
 from utils.core.errors import UserError
 
+T = TypeVar("T")
 SCHEMA = 1
 METADATA_KEY = "yolov5_spd"
 DYNAMIC_CHOICES = ("batch", "hw", "all")
@@ -86,7 +87,7 @@ class Metadata:
         return cls(**known)
 
 
-def _list_of(value: Any, kind: type) -> bool:
+def _list_of(value: Any, kind: type[T]) -> TypeGuard[list[T]]:
     return isinstance(value, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
 
 
@@ -145,13 +146,13 @@ class Predictor:
         self._check(images)
         if self.batch is None or len(images) == self.batch:
             return self.infer(images)
-        parts = [self._padded(chunk) for chunk in images.split(self.batch)]
+        parts = [self._padded(chunk, self.batch) for chunk in images.split(self.batch)]
         return sum(parts, []) if self.end2end else torch.cat(parts)
 
-    def _padded(self, images: Tensor) -> Any:
+    def _padded(self, images: Tensor, batch: int) -> Any:
         n = len(images)
-        if n < self.batch:
-            images = torch.cat((images, images.new_zeros(self.batch - n, *images.shape[1:])))
+        if n < batch:
+            images = torch.cat((images, images.new_zeros(batch - n, *images.shape[1:])))
         return self.infer(images)[:n]
 
     def _check(self, images: Tensor) -> None:

@@ -1,10 +1,10 @@
 """What is exported: a network with its decoding, and on request its NMS, as one module from images to outputs."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torchvision
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.backends.base import Metadata
+from models.graph import Network
+from models.yolo import DetectionModel
 from utils.core.errors import UserError
 from utils.ops.boxes import cxcywh_to_xyxy
 
@@ -38,15 +40,23 @@ class NmsSettings:
             raise UserError(f"--nms {self.count!r}; expected fixed or dynamic")
 
 
+class Batches(Protocol):
+    """Batches of network input, which may be iterated more than once."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+
 @dataclass(frozen=True)
 class ExportJob:
     """What an exporter gets: the deployed network (float32, evaluation mode, fused), what the file shall be, where."""
 
-    model: nn.Module
+    model: Network
     metadata: Metadata
     path: Path
     nms: NmsSettings | None = None
-    calibration: Iterable[Tensor] | None = None  # int8: batches of network input, iterated more than once
+    calibration: Batches | None = None  # for int8
     opset: int = 18
     workspace_gb: float = 4.0
 
@@ -95,7 +105,7 @@ def output_names(metadata: Metadata) -> tuple[str, ...]:
     return ("output0",) if metadata.task == "detect" else ("logits",)
 
 
-def halve(model: nn.Module) -> nn.Module:
+def halve(model: nn.Module) -> None:
     """Weights and statistics to float16 in place; the anchors of the head stay float32, as decoding does."""
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -103,7 +113,6 @@ def halve(model: nn.Module) -> nn.Module:
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point() and name != "anchors":
                 setattr(module, name, buffer.half())
-    return model
 
 
 class DeployGraph(nn.Module):
@@ -112,16 +121,17 @@ class DeployGraph(nn.Module):
     With `half` the convolutions compute in float16 between two casts; decoding and NMS stay float32.
     """
 
-    def __init__(self, model: nn.Module, *, half: bool = False, nms: NmsSettings | None = None):
+    def __init__(self, model: Network, *, half: bool = False, nms: NmsSettings | None = None):
         super().__init__()
-        self.model = halve(copy.deepcopy(model)) if half else model
+        self.model = copy.deepcopy(model) if half else model
         self.half_inside = half
-        self.detect = model.task == "detect"
+        if half:
+            halve(self.model)
         self.nms = GraphNms(nms, model.nc) if nms is not None else None
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         outputs = self.model(images.half() if self.half_inside else images)
-        if not self.detect:
+        if not isinstance(self.model, DetectionModel):
             return outputs.float()
         decoded = self.model.decode([m.float() for m in outputs])
         return decoded if self.nms is None else self.nms(decoded)

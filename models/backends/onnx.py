@@ -42,7 +42,7 @@ def quantized(job: ExportJob, symmetric: bool = False) -> Any:
         quantize_static(
             model,
             target,
-            _CalibrationReader(job.calibration),
+            _CalibrationReader(job.calibration),  # pyright: ignore[reportArgumentType]
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
@@ -112,7 +112,7 @@ def load(
 
 def _session(path: Path, options: Any, providers: list[Any]) -> Any:
     import onnxruntime as ort
-    from onnxruntime.capi import onnxruntime_pybind11_state as errors
+    import onnxruntime.capi.onnxruntime_pybind11_state as errors
 
     kinds = ("InvalidProtobuf", "Fail", "InvalidGraph", "NotImplemented", "InvalidArgument")
     try:

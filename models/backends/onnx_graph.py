@@ -109,6 +109,7 @@ def trace(job: ExportJob) -> Any:
             opset_version=job.opset,
             verbose=False,
         )
+    assert program is not None
     model = program.model_proto
     _strip(model.graph)
     _name_axes(model.graph.output[0], job.metadata)

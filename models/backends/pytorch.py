@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.backends.base import DEFAULT_PREPROCESSING, Metadata, Predictor, pair
 from models.backends.graph import halve
 from models.fusion import fuse as fuse_network
+from models.graph import Network
 from models.weights import load_model
+from models.yolo import DetectionModel
 from utils.core.log import LOGGER
 
 
@@ -24,7 +26,7 @@ class PyTorchPredictor(Predictor):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Network,
         names: Sequence[str],
         *,
         imgsz: int | Sequence[int] = 640,
@@ -33,12 +35,11 @@ class PyTorchPredictor(Predictor):
         fuse: bool = True,
         preprocessing: dict[str, Any] | None = None,
     ):
-        task = model.task
         metadata = Metadata(
             names=tuple(names),
             imgsz=pair(imgsz),
             strides=tuple(model.strides),
-            task=task,
+            task=model.task,
             channels=model.cfg.get("ch", 3),
             max_stride=model.max_stride,
             dynamic="all",
@@ -60,7 +61,7 @@ class PyTorchPredictor(Predictor):
         dtype = torch.float16 if self.half else torch.float32
         images = images.to(self.device, dtype, non_blocking=True).contiguous(memory_format=torch.channels_last)
         outputs = self.network(images)
-        if self.task == "detect":
+        if isinstance(self.network, DetectionModel):
             return self.network.decode([m.float() for m in outputs])
         return outputs.float()
 

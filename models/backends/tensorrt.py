@@ -5,6 +5,7 @@ builder flag exists for them in TensorRT 11. An engine runs only on the kind of 
 it.
 """
 
+import importlib
 import struct
 from collections.abc import Sequence
 from dataclasses import replace
@@ -49,7 +50,7 @@ def export(job: ExportJob) -> Path:
 
 def _tensorrt(then: str) -> Any:
     try:
-        import tensorrt as trt
+        trt = importlib.import_module("tensorrt")
     except ImportError as e:
         raise UserError(f"TensorRT is not installed (pip install tensorrt); {then}") from e
     if int(trt.__version__.split(".")[0]) < 10:

@@ -95,6 +95,7 @@ def compare(reference: Predictor, candidate: Predictor, batches: Iterable[Tensor
 
 
 def _settings(candidate: Predictor) -> NmsSettings:
+    assert candidate.metadata.nms is not None
     return NmsSettings(**candidate.metadata.nms)
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as torch_dist
@@ -16,6 +16,7 @@ from utils.core.device import select_device
 from utils.core.errors import UserError
 
 T = TypeVar("T")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,9 @@ class Dist:
             raise UserError(failure)
         return result if self.is_main else function()
 
-    def sync_batch_norm(self, model: nn.Module) -> nn.Module:
+    def sync_batch_norm(self, model: Module) -> Module:
         """BatchNorm layers take their statistics over all ranks."""
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model) if self.world_size > 1 else model
+        return cast(Module, nn.SyncBatchNorm.convert_sync_batchnorm(model)) if self.world_size > 1 else model
 
 
 def is_restarted() -> bool:

@@ -286,7 +286,8 @@ class Machine:
 
     def persistent(self) -> None:
         record = self.stack.pop()
-        need(type(record) is tuple and len(record) >= 2, "an unknown reference")
+        need(type(record) is tuple, "an unknown reference")
+        need(len(record) >= 2, "an unknown reference")
         if record[0] == "module" and type(record[1]) is Name:
             self.push(record[1])
             return
@@ -303,7 +304,7 @@ class Machine:
 # Instructions of pickle that create objects or references in ways torch's archives never do.
 _UNUSED = {b"i": "INST", b"o": "OBJ", b"P": "PERSID", b"\x92": "NEWOBJ_EX"}
 _UNUSED |= {b"\x82": "EXT1", b"\x83": "EXT2", b"\x84": "EXT4", b"\x97": "NEXT_BUFFER", b"\x98": "READONLY_BUFFER"}
-_STEPS: dict[bytes, Callable[[Machine], None]] = {
+_STEPS: dict[bytes, Callable[[Machine], object]] = {
     b"\x80": lambda m: need(2 <= m.unsigned(1) <= 5, "a pickle protocol older than 2"),
     b"\x95": lambda m: need(m.unsigned(8) <= len(m.data), "a frame longer than the file"),
     b"(": Machine.mark,

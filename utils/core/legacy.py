@@ -105,7 +105,8 @@ def _read_stream(path: Path, data: bytes) -> LegacyFile:
         need(number > 0 or parts[0] == _LEGACY_MAGIC, "a bare pickle, not a torch checkpoint")
     _, _, system, root, keys = parts
     need(type(system) is dict and system.get("little_endian") is True, "big-endian data")
-    need(type(keys) is list and all(type(key) is str for key in keys), "no list of storages")
+    need(type(keys) is list, "no list of storages")
+    need(all(type(key) is str for key in keys), "no list of storages")
     spans: dict[str, tuple[int, int]] = {}
     for key in keys:
         need(key in widths and at + 8 <= len(data), "a storage that nothing uses")

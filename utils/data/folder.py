@@ -75,7 +75,7 @@ def build_class_index(spec: DataSpec, split: str) -> ClassIndex:
 
 def class_keys(spec: DataSpec) -> dict[str, int]:
     """Class number by folder name; folders match the data YAML's names where they carry them, else by their order."""
-    folders = spec.splits.get("train") or spec.splits.get("val") or ()
+    folders = list(spec.splits.get("train") or spec.splits.get("val") or ())
     found = sorted({entry.name for f in folders if f.is_dir() for entry in f.iterdir() if _is_class_folder(entry)})
     if not found or set(found) <= set(spec.names):
         return {name: number for number, name in enumerate(spec.names)}

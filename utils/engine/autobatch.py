@@ -26,7 +26,7 @@ def measure_batch_size(model: nn.Module, imgsz: int, device: torch.device, amp: 
     """Images per process that fill 85 % of the free memory of a CUDA device in forward and backward."""
     if device.type != "cuda":
         raise UserError(f"--batch-size -1 measures memory on a CUDA device, not on {device.type}; give a number")
-    trial = copy.deepcopy(model).to(device, memory_format=torch.channels_last).train()
+    trial = copy.deepcopy(model).to(device).to(memory_format=torch.channels_last).train()
     free = torch.cuda.mem_get_info(device)[0]
     sizes, used = [], []
     for size in TRIALS:

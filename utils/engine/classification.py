@@ -106,7 +106,9 @@ def measure(network: Callable[[Tensor], Tensor], loader: Iterable[Batch], index:
         columns = [np.concatenate(column) for column in zip(*flat, strict=True)]
         order = columns[0].argsort(kind="stable")
         together = [column[order] for column in columns]
-    _, top, confidence, losses = dist.broadcast(together)
+    shared = dist.broadcast(together)
+    assert shared is not None  # the main rank has them
+    _, top, confidence, losses = shared
     speed = {stage: 1000 * value / max(images, 1) for stage, value in seconds.items()}
     return ClassResult(index.labels, top, confidence, index.names, float(losses.mean(dtype=np.float64)), speed)
 
@@ -225,7 +227,7 @@ def draw_class_batch(batch: Batch, names: Sequence[str], path: str | Path) -> Pa
         pixels = image.permute(1, 2, 0).numpy()
         gain = max(TILE // max(pixels.shape[:2]), 1)
         pixels = cv2.resize(pixels, None, fx=gain, fy=gain, interpolation=cv2.INTER_NEAREST)
-        tiles.append(titled(np.ascontiguousarray(pixels), names[label], 10))
+        tiles.append(titled(np.ascontiguousarray(pixels), names[int(label)], 10))
     return save_picture(mosaic(tiles), path) if tiles else None
 
 

@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from models.graph import Network
 from utils.core.hyp import Hyp
 
 
@@ -17,7 +18,7 @@ class FlatStatistics:
         self.owners = [
             m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is not None
         ]
-        parts = [t for m in self.owners for t in (m.running_mean, m.running_var)]
+        parts = [t for m in self.owners for t in (m.running_mean, m.running_var) if t is not None]
         self.flat: Tensor = torch.cat([t.reshape(-1) for t in parts]) if parts else torch.zeros(0)
         offset = 0
         for module in self.owners:
@@ -30,7 +31,7 @@ class FlatStatistics:
 class Ema:
     """Exponential moving average of weights and statistics: decay * (1 - exp(-updates / tau)), as in YOLOv5."""
 
-    def __init__(self, model: nn.Module, hyp: Hyp) -> None:
+    def __init__(self, model: Network, hyp: Hyp) -> None:
         self.model = copy.deepcopy(model).eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)

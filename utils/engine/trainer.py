@@ -82,7 +82,7 @@ class Trainer:
         self.task, self.config, self.hyp, self.dist, self.folder = task, config, hyp, dist, folder
         self.device = dist.device
         self.amp = precision(config.amp, self.device)
-        self.model = task.model.to(self.device, memory_format=torch.channels_last)
+        self.model = task.model.to(self.device).to(memory_format=torch.channels_last)
         if config.sync_bn:
             if self.device.type != "cuda":
                 raise UserError("--sync-bn needs GPUs; leave it away on a CPU")

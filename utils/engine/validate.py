@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from models.yolo import DetectionModel
 from utils.core.device import synchronize
 from utils.core.dist import Dist
 from utils.core.errors import UserError
@@ -94,11 +95,11 @@ class ModelPredictor:
     half = False
 
     def __init__(
-        self, model: nn.Module, names: Sequence[str], *, device: torch.device | str, amp: torch.dtype | None = None
+        self, model: DetectionModel, names: Sequence[str], *, device: torch.device | str, amp: torch.dtype | None = None
     ):
         self.model = model.eval()
         self.names = list(names)
-        self.strides = list(model.strides)  # type: ignore[arg-type]
+        self.strides = list(model.strides)
         self.device = torch.device(device)
         self.amp = amp
 
@@ -112,7 +113,7 @@ class ModelPredictor:
     @torch.no_grad()
     def decode(self, maps: list[Tensor]) -> Tensor:
         """Maps -> [B, N, 5 + nc]."""
-        return self.model.decode(maps)  # type: ignore[operator]
+        return self.model.decode(maps)
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.decode(self.maps(images))

@@ -11,7 +11,9 @@ Array = TypeVar("Array", Tensor, np.ndarray)
 
 
 def _stack(columns: list, like: Array) -> Array:
-    return torch.stack(columns, -1) if isinstance(like, Tensor) else np.stack(columns, -1)
+    if isinstance(like, Tensor):
+        return torch.stack(columns, -1)
+    return np.stack(columns, -1)
 
 
 def xyxy_to_cxcywh(boxes: Array) -> Array:
@@ -41,6 +43,7 @@ def _areas(boxes: Array) -> Array:
 def intersections(a: Array, b: Array) -> Array:
     """Pairwise intersection areas of xyxy boxes, [N, 4] and [M, 4] -> [N, M]."""
     if isinstance(a, Tensor):
+        assert isinstance(b, Tensor)
         low, high = torch.maximum(a[:, None, :2], b[None, :, :2]), torch.minimum(a[:, None, 2:], b[None, :, 2:])
     else:
         low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])

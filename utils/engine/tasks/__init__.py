@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from models.graph import Network
 from utils.core.dist import Dist
 
 
@@ -53,7 +54,7 @@ class Task(Protocol):
 
     kind: str
     names: Sequence[str]
-    model: nn.Module
+    model: Network
     loss_names: Sequence[str]
     metric_names: Sequence[str]
     imgsz: int
@@ -73,7 +74,7 @@ class Task(Protocol):
         """
         ...
 
-    def evaluate(self, model: nn.Module, dist: Dist, *, folder: Path | None = None) -> Evaluation:
+    def evaluate(self, model: Network, dist: Dist, *, folder: Path | None = None) -> Evaluation:
         """Measure on the validation set; with a folder, the final evaluation: a fuller table, files and pictures."""
         ...
 
@@ -81,6 +82,6 @@ class Task(Protocol):
 
     def batch_picture(self, batch: Any, path: Path) -> None: ...
 
-    def pack(self, model: nn.Module) -> dict[str, Any]:
+    def pack(self, model: Network) -> dict[str, Any]:
         """The checkpoint's model part (see models.weights.pack_model)."""
         ...

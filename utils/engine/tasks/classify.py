@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from models.graph import Network
 from models.weights import pack_model
 from utils.core.device import loader_workers
 from utils.core.dist import Dist
@@ -39,7 +40,10 @@ class ClassifyTask:
     loss_names = ("cls",)
     metric_names = tuple(METRICS)
 
-    def __init__(self, model: nn.Module, spec: DataSpec, config: TrainConfig, hyp: Hyp, dist: Dist) -> None:
+    def __init__(self, model: Network, spec: DataSpec, config: TrainConfig, hyp: Hyp, dist: Dist) -> None:
+        from models.resnet import Classifier  # as in build_model: detectors do without its layers
+
+        assert isinstance(model, Classifier)
         self.model, self.spec, self.config, self.hyp, self.dist = model, spec, config, hyp, dist
         self.imgsz = config.imgsz
         self.workers = loader_workers(config.workers, config.batch_size)
@@ -50,15 +54,15 @@ class ClassifyTask:
         self._check_size()
         self.dataset = ClassDataset(self.train_index, config.imgsz, hyp, augment=True, seed=config.seed)
         self.samples = len(self.dataset)
-        if not config.resume and model.cfg["mean"] == [0.0] * model.cfg["ch"]:  # type: ignore[index]
+        if not config.resume and model.cfg["mean"] == [0.0] * model.cfg["ch"]:
             mean, std = dist.main_first(lambda: channel_statistics(self.train_index))
-            model.set_normalization(mean, std)  # type: ignore[operator]
+            model.set_normalization(mean, std)
             LOGGER.info(f"images are normalized by the training set's mean {mean} and deviation {std}")
         self._eval_loader: EvalLoader | None = None
 
     def _check_options(self) -> None:
         config = self.config
-        stride = int(self.model.max_stride)  # type: ignore[arg-type]
+        stride = self.model.max_stride
         if config.imgsz % stride:
             low = max(config.imgsz // stride, 1) * stride
             raise UserError(
@@ -108,7 +112,7 @@ class ClassifyTask:
 
     # ---------------------------------------------------------------- evaluation
 
-    def evaluate(self, model: nn.Module, dist: Dist, *, folder: Path | None = None) -> Evaluation:
+    def evaluate(self, model: Network, dist: Dist, *, folder: Path | None = None) -> Evaluation:
         amp = dist.device.type == "cuda" and self.config.amp != "off"
         model.eval()
 
@@ -144,5 +148,5 @@ class ClassifyTask:
     def batch_picture(self, batch: Batch, path: Path) -> None:
         draw_class_batch(batch, self.names, path)
 
-    def pack(self, model: nn.Module) -> dict[str, Any]:
+    def pack(self, model: Network) -> dict[str, Any]:
         return pack_model(model, self.names, self.imgsz, data=str(self.spec.yaml.name), preprocessing=PREPROCESSING)

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from models.graph import Network
 from models.weights import pack_model
+from models.yolo import DetectionModel
 from utils.core.device import loader_workers
 from utils.core.dist import Dist
 from utils.core.errors import UserError
@@ -42,12 +44,12 @@ class DetectTask:
     loss_names = LOSS_NAMES
     metric_names = (*METRICS, *(f"val/{name}_loss" for name in LOSS_NAMES))
 
-    def __init__(self, model: nn.Module, spec: DataSpec, config: TrainConfig, hyp: Hyp, dist: Dist) -> None:
+    def __init__(self, model: DetectionModel, spec: DataSpec, config: TrainConfig, hyp: Hyp, dist: Dist) -> None:
         self.model, self.spec, self.config, self.hyp, self.dist = model, spec, config, hyp, dist
         self.imgsz = config.imgsz
         self.workers = loader_workers(config.workers, config.batch_size)
         self.names: list[str] = ["item"] if config.single_cls else list(spec.names)
-        self.stride = int(model.max_stride)  # type: ignore[arg-type]
+        self.stride = model.max_stride
         check_size(config.imgsz, self.stride)
         self.train_index = dist.main_first(lambda: self._index("train"))
         self.val_index = dist.main_first(lambda: self._index("val"))
@@ -64,7 +66,7 @@ class DetectTask:
         self.samples = len(self.dataset)
         if not (config.noautoanchor or config.resume):
             self._fit_anchors()
-        self.criterion = DetectionLoss(model.anchors, model.strides, len(self.names), hyp, config.imgsz)  # type: ignore[arg-type]
+        self.criterion = DetectionLoss(model.anchors, model.strides, len(self.names), hyp, config.imgsz)
         self._eval_loader: EvalLoader | None = None
 
     def _index(self, split: str) -> LabelIndex:
@@ -79,11 +81,11 @@ class DetectTask:
         gain = self.imgsz / np.maximum(hw.max(1, keepdims=True), 1)
         boxes = self.train_index.boxes.astype(np.float64)
         wh = (boxes[:, 2:] - boxes[:, :2])[~self.train_index.crowd] * gain[~self.train_index.crowd]
-        counted = bool(self.model.cfg.get("anchors_from_data"))  # type: ignore[union-attr]
-        own = self.model.anchors.cpu().numpy()  # type: ignore[union-attr, operator]
+        counted = bool(self.model.cfg.get("anchors_from_data"))
+        own = self.model.anchors.cpu().numpy()
         check = check_anchors(wh, own, self.hyp.anchor_t, self.config.seed, force=counted)
         if check.changed:
-            self.model.set_anchors(torch.from_numpy(check.anchors))  # type: ignore[operator]
+            self.model.set_anchors(torch.from_numpy(check.anchors))
             LOGGER.info(f"anchors fitted to the data: recall {check.recall:.4f} -> {check.new_recall:.4f}")
         else:
             LOGGER.info(f"anchors kept: best possible recall {check.recall:.4f}")
@@ -106,7 +108,8 @@ class DetectTask:
         if not self.config.multi_scale:
             return images
         rng = np.random.default_rng([self.config.seed, 0x5CA1E, epoch, step])
-        size = int(rng.integers(self.imgsz * 0.5, self.imgsz * 1.5 + self.stride)) // self.stride * self.stride
+        low, high = int(self.imgsz * 0.5), int(self.imgsz * 1.5 + self.stride)
+        size = int(rng.integers(low, high)) // self.stride * self.stride
         gain = size / max(images.shape[2:])
         hw = [max(round(side * gain / self.stride), 1) * self.stride for side in images.shape[2:]]
         return F.interpolate(images, size=hw, mode="bilinear", align_corners=False)
@@ -124,11 +127,12 @@ class DetectTask:
 
     # ---------------------------------------------------------------- evaluation
 
-    def evaluate(self, model: nn.Module, dist: Dist, *, folder: Path | None = None) -> Evaluation:
+    def evaluate(self, model: Network, dist: Dist, *, folder: Path | None = None) -> Evaluation:
+        assert isinstance(model, DetectionModel)
         config = self.config
         amp = torch.float16 if dist.device.type == "cuda" and config.amp != "off" else None
         predictor = ModelPredictor(model, self.names, device=dist.device, amp=amp)
-        criterion = DetectionLoss(model.anchors, model.strides, len(self.names), self.hyp, config.imgsz)  # type: ignore[arg-type]
+        criterion = DetectionLoss(model.anchors, model.strides, len(self.names), self.hyp, config.imgsz)
         pictures = BatchPictures(folder, self.names) if folder and not config.noplots else None
         result = validate(
             predictor, self._validation_loader(), self.val_index, self.names, self._settings, dist,
@@ -168,7 +172,7 @@ class DetectTask:
     def batch_picture(self, batch: Batch, path: Path) -> None:
         draw_train_batch(batch, self.names, path)
 
-    def pack(self, model: nn.Module) -> dict[str, Any]:
+    def pack(self, model: Network) -> dict[str, Any]:
         return pack_model(model, self.names, self.imgsz, data=str(self.spec.yaml.name))
 
 
