@@ -49,6 +49,14 @@ def with_three_classes(data):
     return path
 
 
+def test_nms_is_verified_also_where_no_box_reaches_the_confidence(weights, capsys):
+    args = ["--weights", str(weights), "--include", "torchscript", *SIZE, "--images", "2", "--nms", "--conf-thres", "1"]
+    assert export.main(args) == 0
+    out = capsys.readouterr().out
+    assert "reaches --conf-thres 1: compared at" in out and "over 0 boxes" not in out and "boxes;" in out
+    assert export.load_predictor(weights.with_suffix(".torchscript")).metadata.nms["conf_thres"] == 1
+
+
 def test_a_mismatch_ends_with_an_error(weights, monkeypatch, capsys):
     honest = torchscript.export
 
