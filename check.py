@@ -30,7 +30,7 @@ class CheckConfig:
     )
     label_policy: str = option("clip", "what training would do with bad labels", choices=POLICIES)
     quick: bool = option(False, "read image headers only: no decoding, no search for duplicates")
-    examples: int = option(3, "examples printed of each kind of problem; the JSON has them all")
+    examples: int = option(3, "examples printed of each kind; check.json has one per kind and file, at most 20,000")
     max_problems: int = option(-1, "exit with code 1 above so many problems; -1: never")
     workers: int = option(-1, "processes; -1: all cores for large data sets, 0: this one")
     rebuild_cache: bool = option(False, "read everything again")

@@ -12,7 +12,7 @@ from utils.core.errors import UserError
 from utils.core.files import increment_path
 from utils.core.log import LOGGER
 from utils.data.frames import Frame, Source
-from utils.data.sources import open_source
+from utils.data.sources import has_sequence, open_source
 from utils.data.spec import load_data
 from utils.engine.classifying import PictureClassifier
 from utils.engine.draw import Style
@@ -104,6 +104,8 @@ def detect(cfg: DetectConfig) -> DetectReport:
     tracking = Tracking(cfg.track, cfg.conf_thres) if cfg.track else None
     source = open_source(cfg.source, vid_stride=cfg.vid_stride, stream_timeout=cfg.stream_timeout)
     runner = build_runner(cfg)
+    if cfg.track and not has_sequence(source):
+        raise UserError("--track needs a video or a stream; a folder of pictures is not a sequence: leave --track out")
     forms = make_forms(cfg, runner)
     save_dir = make_folder(cfg, source)
     writers = make_writers(cfg, save_dir, runner.names, forms)

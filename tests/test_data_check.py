@@ -10,6 +10,7 @@ from PIL import Image
 import check as verb
 from utils.data.check import EDGES, check, digest, object_sizes, render
 from utils.data.index import build_index
+from utils.data.problems import KEPT
 from utils.data.spec import load_data
 
 
@@ -98,3 +99,9 @@ def test_empty_splits_have_numbers_too(tmp_path):
     result = verb.run(data=tmp_path / "d.yaml", project=str(tmp_path / "runs"), noplots=True)
     assert result["splits"]["train"]["boxes"] == 0
     assert digest(build_index(load_data(tmp_path / "d.yaml"), "train"), 64)[1] == "classes: ; 1 without any box"
+
+
+def test_help_promises_no_more_than_the_json_holds(capsys):
+    with pytest.raises(SystemExit):
+        verb.main(["--help"])
+    assert f"at most {KEPT:,}" in " ".join(capsys.readouterr().out.split())

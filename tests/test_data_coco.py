@@ -91,13 +91,27 @@ def test_several_files_and_folders(tmp_path):
     (tmp_path / "d.yaml").write_text(text.replace("b/images", "b/other"))
     index = index_of(tmp_path / "d.yaml")
     assert [index.file(i).name for i in range(4)] == ["1.png", "2.png", "b1.png", "b2.png"]
-    assert len(set(index.image_ids.tolist())) == 4 and index.report.boxes == 4
+    assert len(set(index.image_ids.tolist())) == 4 and index.report.boxes == 4 and not index.own_ids
 
 
 def test_text_ids(tmp_path):
     records = [record(1, id="000000000139"), record(2, id="abc")]
     index = index_of(data_set(tmp_path, records, [box("139", [1, 1, 2, 2]), box("abc", [1, 1, 3, 3])]))
-    assert index.report.boxes == 2 and index.image_ids.tolist() == [0, 1]
+    assert index.report.boxes == 2 and index.image_ids.tolist() == [0, 1] and not index.own_ids
+
+
+def test_own_ids_are_numbers_in_the_file_and_outlive_the_cache(tmp_path):
+    for name, ids, own in (("number", (7, 9), True), ("digits", ("7", "9"), False)):
+        yaml = data_set(tmp_path / name, [record(1, id=ids[0]), record(2, id=ids[1])], [box(ids[0], [1, 1, 2, 2])])
+        for _ in range(2):  # read, then from the cache
+            index = index_of(yaml)
+            assert index.image_ids.tolist() == [7, 9] and index.own_ids == own
+
+
+def test_images_left_out_are_counted_per_image(tmp_path):
+    boxes = [box(1, [90, 90, 5, 5]), box(1, [80, 80, 5, 5]), box(2, [90, 90, 5, 5]), box(2, [1, 1, 0, 5])]
+    yaml = data_set(tmp_path, [record(1), record(2), record(3)], boxes)
+    assert index_of(yaml, policy="drop-image").report.actions == {"image left out": 2}
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 5, 6, 7, 8])

@@ -211,6 +211,9 @@ def test_policies_of_whole_images(tmp_path):
     yaml = data_set(tmp_path, {"0.png": BOX, "1.png": BOX + "0 0.9 0.5 0.5 0.5\n"})
     assert [len(index_of(yaml, policy=p).cls) for p in ("clip", "drop-box", "drop-image")] == [2, 2, 1]
     assert [len(index_of(yaml, policy=p)) for p in ("clip", "drop-box", "drop-image")] == [2, 2, 1]
+    many = data_set(tmp_path / "many", {"0.png": BOX, "1.png": "0 0.9 0.5 0.5 0.5\n" * 2 + "0 2 2 0.1 0.1\nx\n"})
+    report = index_of(many, policy="drop-image").report
+    assert sum(report.counts.values()) == 4 and report.actions == {"image left out": 1, "counted once": 1}
     with pytest.raises(UserError, match=r"1\.txt:2 has a box"):
         index_of(yaml, policy="error")
     with pytest.raises(UserError, match="label policy 'crop'"):

@@ -93,6 +93,12 @@ def test_a_video_is_written_tracked_and_numbered(weights, tmp_path, everything, 
     assert "video 1/1 (7/8)" in capsys.readouterr().out
 
 
+def test_tracking_needs_a_sequence(weights, pictures, everything):
+    pytest.importorskip("trackers")
+    with pytest.raises(UserError, match="--track needs a video or a stream"):
+        detect.run(weights=weights, source=pictures, track="bytetrack", **everything)
+
+
 def test_batches_slices_augmentation_and_ensembles_run(weights, pictures, everything):
     plain = detect.run(weights=weights, source=pictures, **everything)
     batched = detect.run(weights=weights, source=pictures, batch_size=3, **everything)

@@ -9,7 +9,7 @@ from media import write_picture, write_video
 from utils.core.errors import UserError
 from utils.data.frames import redact, safe_name, unique_names
 from utils.data.screen import parse_screen
-from utils.data.sources import FileSource, open_source
+from utils.data.sources import FileSource, has_sequence, open_source
 from utils.data.streams import StreamSource
 
 
@@ -241,3 +241,10 @@ def test_screen_without_its_package_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "mss", None)
     with pytest.raises(UserError, match="pip install mss"):
         open_source("screen")
+
+
+@pytest.mark.parametrize(
+    "name,sequence", [("a.png", False), ("a.mp4", True), ("http://example.org/a.mp4", True), ("a.gif", True)]
+)
+def test_pictures_are_no_sequence(name: str, sequence: bool):
+    assert has_sequence(FileSource([name])) == has_sequence(FileSource(["b.jpg", name])) == sequence

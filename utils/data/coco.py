@@ -46,6 +46,7 @@ class CocoFile:
     category_ids: list[int]  # by class number
     problems: list[Problem]
     source: str  # the (first) JSON file, for messages
+    own_ids: bool = True  # whether the ids of images and categories are those of the files, as written there
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -114,6 +115,11 @@ def whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and -INT64 <= value < INT64 else None
 
 
+def _text_ids(records: list) -> bool:
+    """Whether any id is text, even where that spells a number."""
+    return any(isinstance(record, dict) and isinstance(record.get("id"), str) for record in records)
+
+
 def _key(value: Any) -> int | str | None:
     """An id to look up by: a whole number where it is one, else the text itself; None for anything else."""
     number = whole(value)
@@ -138,8 +144,10 @@ def read_coco(files: tuple[Path, ...], folders: tuple[Path, ...], root: Path, na
         places = [*folders, root, path.parent]
         images = _images(path, data["images"], places, by_path, result.problems)
         _attach(path, data["annotations"], images, classes, result.problems)
+        result.own_ids &= not _text_ids(data["images"]) and not _text_ids(data["categories"])
         fresh = list(images.values())
         if any(image.id in taken for image in fresh):  # files that number their images independently
+            result.own_ids = False
             start = max(taken) + 1
             for offset, image in enumerate(fresh):
                 image.id = start + offset
@@ -220,7 +228,7 @@ def _images(
         for i, image in enumerate(images.values()):
             image.id = i
     for kind, (_, detail) in first.items():
-        problems.append(Problem(kind, str(path), LEFT_OUT, detail, count=counts[kind]))
+        problems.append(Problem(kind, str(path), LEFT_OUT, detail, count=counts[kind], images=counts[kind]))
     return images
 
 

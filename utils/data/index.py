@@ -27,7 +27,7 @@ from utils.data.problems import LEFT_OUT, USED, Problem, Report, refuse
 from utils.data.scan import SMALL, SMALL_TO_VERIFY, Header, Job, Packer, Scan, scan
 from utils.data.spec import DataSpec
 
-SCHEMA = 1  # to be raised whenever what is read or how it is packed changes
+SCHEMA = 2  # to be raised whenever what is read or how it is packed changes
 _LABEL_KINDS = ("label-", "box-", "coco-record", "coco-reference", "voc-")
 
 
@@ -39,6 +39,7 @@ class LabelIndex:
     report: Report
     key: str  # of everything that went in: files, options, schema
     unused: list[str]  # images of the split that could not be used
+    own_ids: bool  # image_ids and category_ids are those of COCO files, as written there
     shapes: np.ndarray  # int32 [n, 2], height and width
     offsets: np.ndarray  # int64 [n + 1]: objects of image i are offsets[i] up to offsets[i + 1]
     cls: np.ndarray  # int32 [m]
@@ -47,7 +48,7 @@ class LabelIndex:
     crowd: np.ndarray  # bool [m]: ignore regions, not for learning
     poly_offsets: np.ndarray  # int64 [m + 1]: points of the polygon of each object
     poly_xy: np.ndarray  # float32 [k, 2]
-    image_ids: np.ndarray  # int64 [n]: the annotation file's own, else 0 to n - 1
+    image_ids: np.ndarray  # int64 [n]: the annotation file's own where `own_ids`
     category_ids: np.ndarray  # int64 [nc]: likewise
     paths: np.ndarray  # uint8: the file names, one after another
     path_offsets: np.ndarray  # int64 [n + 1]
@@ -98,7 +99,7 @@ class LabelIndex:
     def save(self, path: str | Path) -> None:
         """Write as npz, without pickle."""
         words = {"names": self.names, "report": self.report.to_json(), "key": self.key, "unused": self.unused}
-        text = json.dumps({**words, "schema": SCHEMA}).encode()
+        text = json.dumps({**words, "own_ids": self.own_ids, "schema": SCHEMA}).encode()
         with atomic_write(path) as file:
             np.savez(file, words=np.frombuffer(text, np.uint8), **{name: getattr(self, name) for name in _ARRAYS})
 
@@ -111,10 +112,10 @@ class LabelIndex:
                 raise ValueError(f"schema {words['schema']}, expected {SCHEMA}")
             arrays = {name: file[name] for name in _ARRAYS}
         report = Report.from_json(words["report"])
-        return LabelIndex(tuple(words["names"]), report, words["key"], words["unused"], **arrays)
+        return LabelIndex(tuple(words["names"]), report, words["key"], words["unused"], words["own_ids"], **arrays)
 
 
-_ARRAYS = [field.name for field in fields(LabelIndex) if field.name not in ("names", "report", "key", "unused")]
+_ARRAYS = [field.name for field in fields(LabelIndex) if field.type is np.ndarray]
 
 
 def build_index(
@@ -329,6 +330,7 @@ def _assemble(
         report=report,
         key=key,
         unused=[pairs[i][0] for i in np.flatnonzero(~found.ok)],
+        own_ids=coco is not None and coco.own_ids,
         shapes=found.hw[used],
         offsets=offsets,
         cls=found.cls,

@@ -246,5 +246,6 @@ def judge(file: str, issues: Iterable[Issue], policy: str) -> tuple[list[Problem
             action = LEFT_OUT
         else:
             action = CLIPPED if kind == "box-overhang" and policy == "clip" else DROPPED
-        problems.append(Problem(kind, file, action, first.detail, first.line, len(found)))
+        images = int(not any(problem.action == LEFT_OUT for problem in problems))  # the first one stands for the image
+        problems.append(Problem(kind, file, action, first.detail, first.line, len(found), images))
     return problems, out

@@ -55,6 +55,7 @@ class Problem:
     detail: str
     line: int = 0
     count: int = 1
+    images: int = 1  # how many are left out, where that is the action
 
     def __str__(self) -> str:
         where = f"{self.file}:{self.line}" if self.line else self.file
@@ -73,7 +74,7 @@ class Report:
     boxes: int = 0  # without crowd regions
     crowds: int = 0
     counts: dict[str, int] = field(default_factory=dict)  # kind -> occurrences
-    actions: dict[str, int] = field(default_factory=dict)  # action -> occurrences
+    actions: dict[str, int] = field(default_factory=dict)  # action -> occurrences, for LEFT_OUT images
     problems: list[Problem] = field(default_factory=list)  # at most KEPT
 
     def add(self, problems: Iterable[Problem]) -> None:
@@ -84,7 +85,8 @@ class Report:
                 continue
             known.add(problem)
             self.counts[problem.kind] = self.counts.get(problem.kind, 0) + problem.count
-            self.actions[problem.action] = self.actions.get(problem.action, 0) + problem.count
+            done = problem.images if problem.action == LEFT_OUT else problem.count
+            self.actions[problem.action] = self.actions.get(problem.action, 0) + done
             if len(self.problems) < KEPT:
                 self.problems.append(problem)
 

@@ -147,6 +147,11 @@ def _is_live(text: str) -> bool:
     return bool(url_scheme(text)) or text.isdigit() or _is_screen(text)
 
 
+def has_sequence(source: Source) -> bool:
+    """Whether anything in the source goes on in time: a stream or a video, local or remote."""
+    return source.live or len(source.files) < source.items or any(_suffix(f) in VIDEO_SUFFIXES for f in source.files)
+
+
 class FileSource:
     """Pictures and videos, one after the other. What cannot be read is reported in one line and passed over."""
 

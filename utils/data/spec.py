@@ -58,7 +58,8 @@ class DataSpec:
 
     def _remedy(self) -> str:
         if self.download:
-            return f"its 'download:' entry offers {self.download[0]['url']}; run again with --download to fetch it"
+            url = self.download[0]["url"]
+            return f"its 'download:' entry offers {url}; to fetch it, run check.py --data {self.yaml} --download"
         if self.download_note:
             return self.download_note
         return f"paths are relative to 'path:' ({self.root}); correct the YAML or put the data there"
