@@ -31,7 +31,7 @@ from utils.engine.comparison import comparison_table, judge, most_different, plo
 from utils.engine.evaluation import EvalPlan, check_classes, evaluate
 from utils.engine.predict import combine
 from utils.engine.report import write_json
-from utils.engine.validate import ValSettings
+from utils.engine.validate import ValSettings, detection_limit
 from utils.ops.metrics import Found
 
 
@@ -65,9 +65,13 @@ class CompareConfig:
     seed: int = option(0, "seed of the bootstrap")
     iou_thrs: list[float] = option([], "IoU thresholds of AP; default 0.5 to 0.95 in steps of 0.05", nargs="+")
     max_dets: list[int] = option([1, 10, 100], "detections per image and class that AP and AR count", nargs="+")
-    area_bins: list[float] = option([32.0, 96.0], "sides in pixels that part small, medium and large", nargs=2)
+    max_det: int | None = option(None, "most detections per image; default: 300, or the last of --max-dets if larger")
+    area_bins: list[float] = option([32.0, 96.0], "sides in pixels that part small, medium and large", nargs="+")
     area_from: str = option(
         "annotation", "object size: the annotation's area, or the box", choices=("annotation", "box")
+    )
+    area_pixels: str = option(
+        "source", "sizes in pixels of the image file, or of the network", choices=("source", "network")
     )
     project: str = option("runs/compare", "folder of the runs")
     name: str = option("exp", "name of this run's folder")
@@ -92,22 +96,30 @@ class Sides:
     found: tuple[Found, Found]
     read: Callable[[int], np.ndarray] | None
     stem: Callable[[int], str]
+    max_det: int | None = None  # most detections per image; None where they come from files
 
 
 def metric_settings(cfg: CompareConfig) -> MetricSettings:
     """How the numbers are computed."""
     chosen: dict[str, Any] = {"iou_thrs": tuple(cfg.iou_thrs)} if cfg.iou_thrs else {}
-    bins = tuple(cfg.area_bins)
-    return MetricSettings(max_dets=tuple(cfg.max_dets), area_bins=bins, area_from=cfg.area_from, **chosen)
+    return MetricSettings(
+        max_dets=tuple(cfg.max_dets),
+        area_bins=tuple(cfg.area_bins),
+        area_from=cfg.area_from,
+        area_pixels=cfg.area_pixels,
+        **chosen,
+    )
 
 
 def from_files(cfg: CompareConfig) -> Sides:
     """Both sides from result files."""
     if not cfg.annotations:
         raise UserError("--predictions needs the ground truth: add --annotations INSTANCES.json")
-    truth = truth_from_coco(cfg.annotations, area_from=cfg.area_from)
-    a, b = (found_from_coco(path, truth) for path in cfg.predictions)
     folder = Path(cfg.images)
+    if cfg.images and not folder.is_dir():
+        raise UserError(f"--images '{cfg.images}' is not a folder; expected the one that 'file_name' is relative to")
+    truth = truth_from_coco(cfg.annotations, area_from=cfg.area_from, area_pixels=cfg.area_pixels)
+    a, b = (found_from_coco(path, truth) for path in cfg.predictions)
     read = (lambda i: read_image(folder / truth.file_names[i])) if cfg.images else None
     return Sides(truth, (a, b), read, lambda i: safe_name(Path(truth.file_names[i]).stem))
 
@@ -121,8 +133,9 @@ def from_models(cfg: CompareConfig) -> Sides:
         raise UserError(
             f"{spec.yaml}: the {len(index)} images of '{cfg.task}:' have no labels; there is nothing to compare by"
         )
-    settings = ValSettings(metrics=metric_settings(cfg))
-    found, truth = [], None
+    metrics = metric_settings(cfg)
+    settings = ValSettings(max_det=detection_limit(cfg.max_det, metrics), metrics=metrics)
+    found, truths = [], []
     for path, label in zip(cfg.weights, labels_of(cfg), strict=True):
         size = cfg.imgsz or None
         predictor = load_predictor(path, device=dist.device, half=cfg.half, names=spec.names, imgsz=size)
@@ -133,12 +146,17 @@ def from_models(cfg: CompareConfig) -> Sides:
         plan = EvalPlan((size[0], size[-1]), cfg.batch_size, cfg.workers, True, cfg.slice, cfg.overlap)
         model = combine([predictor], augment=cfg.augment)
         result = evaluate(model, index, list(spec.names), plan, settings, dist, title=label)
-        truth = result.truth
-        assert truth is not None
-        found.append(found_from_rows(result.detections, truth))
-    assert truth is not None
+        assert result.truth is not None
+        truths.append(result.truth)
+        found.append(found_from_rows(result.detections, result.truth))
+    if not np.allclose(truths[0].area_scale, truths[1].area_scale):
+        raise UserError("--area-pixels network: the models see images at different sizes; give both one --imgsz")
     return Sides(
-        truth, (found[0], found[1]), lambda i: read_image(index.file(i)), lambda i: safe_name(index.file(i).stem)
+        truths[0],
+        (found[0], found[1]),
+        lambda i: read_image(index.file(i)),
+        lambda i: safe_name(index.file(i).stem),
+        settings.max_det,
     )
 
 
@@ -171,6 +189,15 @@ def compare(cfg: CompareConfig) -> CompareReport:
             truth, a, b, settings=settings, replicates=cfg.replicates, level=cfg.level, seed=cfg.seed
         )
     folder = increment_path(cfg.project, cfg.name, cfg.exist_ok)
+    content = {
+        "A": {"name": names[0], "file": files[0], **metrics_a},
+        "B": {"name": names[1], "file": files[1], **metrics_b},
+        "difference": {key: interval.as_dict() for key, interval in intervals.items()},
+        "pictures": [],
+        "settings": {**config_dict(cfg), "max_det": sides.max_det, **settings.as_dict()},
+    }
+    write_json(folder / "compare.json", content)
+    LOGGER.info(comparison_table(names, (metrics_a, metrics_b), intervals))
     plot_bars(names, (metrics_a, metrics_b), intervals, folder / "ap_by_size.png")
     pictures: list[Path] = []
     if sides.read is not None and cfg.pictures > 0:
@@ -187,15 +214,7 @@ def compare(cfg: CompareConfig) -> CompareReport:
         ]
         picked = most_different(truth, verdicts[0], verdicts[1], cfg.pictures)
         pictures = save_pairs(truth, verdicts[0], verdicts[1], picked, sides.read, sides.stem, folder / "pairs")
-    content = {
-        "A": {"name": names[0], "file": files[0], **metrics_a},
-        "B": {"name": names[1], "file": files[1], **metrics_b},
-        "difference": {key: interval.as_dict() for key, interval in intervals.items()},
-        "pictures": [path.name for path in pictures],
-        "settings": {**config_dict(cfg), **settings.as_dict()},
-    }
-    write_json(folder / "compare.json", content)
-    LOGGER.info(comparison_table(names, (metrics_a, metrics_b), intervals))
+        write_json(folder / "compare.json", {**content, "pictures": [path.name for path in pictures]})
     LOGGER.info(f"Results saved to {folder}")
     return CompareReport(folder, (metrics_a, metrics_b), intervals, tuple(pictures))
 

@@ -4,6 +4,7 @@ python val.py --weights runs/train/exp/weights/best.pt --data data/demo.yaml
 python val.py --predictions results.json --annotations instances.json
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,10 +26,10 @@ from utils.engine.coco_eval import MetricSettings, coco_metrics
 from utils.engine.coco_files import coco_annotations, coco_results, found_from_coco, ids_from_names, truth_from_coco
 from utils.engine.evaluation import EvalPlan, check_classes, evaluate, iterate_images, predict_settings
 from utils.engine.pictures import BatchPictures
-from utils.engine.predict import Detector, combine
+from utils.engine.predict import Detector, check_bounds, combine
 from utils.engine.report import MANY_CLASSES, speed_line, summary, table, write_json, write_report, write_rows
 from utils.engine.studies import latency, latency_table, study_line, study_row, write_study
-from utils.engine.validate import EvalResult, ValSettings
+from utils.engine.validate import EvalResult, ValSettings, detection_limit
 from utils.ops.metrics import confusion_matrix
 
 TASKS = ("val", "test", "train", "speed", "study")
@@ -51,7 +52,7 @@ class ValConfig:
     )  # fmt: skip
     conf_thres: float = option(0.001, "smallest confidence", aliases=("conf",))
     iou_thres: float = option(0.6, "NMS IoU", aliases=("iou",))
-    max_det: int = option(300, "most detections per image")
+    max_det: int | None = option(None, "most detections per image; default: 300, or the last of --max-dets if larger")
     task: str = option("val", "split to measure on, or speed (latency) or study (AP over image sizes)", choices=TASKS)
     device: str = option("", "cpu, mps, or a GPU number")
     workers: int = option(8, "loader processes per rank; 0 loads in the main process")
@@ -111,13 +112,14 @@ def metric_settings(cfg: ValConfig) -> MetricSettings:
 
 def val_settings(cfg: ValConfig) -> ValSettings:
     """What counts as a detection."""
+    metrics = metric_settings(cfg)
     return ValSettings(
         conf_thres=cfg.conf_thres,
         iou_thres=cfg.iou_thres,
-        max_det=cfg.max_det,
+        max_det=detection_limit(cfg.max_det, metrics),
         agnostic=cfg.agnostic_nms,
         single_cls=cfg.single_cls,
-        metrics=metric_settings(cfg),
+        metrics=metrics,
     )
 
 
@@ -125,10 +127,9 @@ def measure_predictions(cfg: ValConfig) -> ValReport:
     """--predictions and --annotations: no model, no images."""
     if not cfg.annotations:
         raise UserError("--predictions needs the ground truth: add --annotations INSTANCES.json")
+    refuse_flags(cfg, "--predictions", ("weights", "save_json", "save_txt"))
     settings = metric_settings(cfg)
-    if settings.area_pixels == "network":
-        raise UserError("--area-pixels network needs a model; with --predictions use source")
-    truth = truth_from_coco(cfg.annotations, area_from=cfg.area_from)
+    truth = truth_from_coco(cfg.annotations, area_from=cfg.area_from, area_pixels=cfg.area_pixels)
     found = found_from_coco(cfg.predictions, truth)
     metrics, curves = coco_metrics(truth, found, settings)
     defaults = ValSettings()
@@ -144,6 +145,13 @@ def measure_predictions(cfg: ValConfig) -> ValReport:
     LOGGER.info(summary(metrics, settings.pr_iou))
     LOGGER.info(f"Results saved to {folder}")
     return ValReport(folder, metrics, {}, result)
+
+
+def refuse_flags(cfg: ValConfig, where: str, flags: Sequence[str]) -> None:
+    """UserError for the first of `flags` that is given where it would do nothing."""
+    for flag in flags:
+        if getattr(cfg, flag):
+            raise UserError(f"--{flag.replace('_', '-')} does nothing with {where}; leave one of the two out")
 
 
 def load_models(cfg: ValConfig, spec: DataSpec, dist: Dist) -> list[Any]:
@@ -198,7 +206,7 @@ def measure(cfg: ValConfig, dist: Dist) -> ValReport:
     if dist.is_main:
         used = {**describe_run(cfg, plan, dist), **settings.as_dict()}
         write_report(folder, result, used, names, figures=not cfg.noplots)
-        save_predictions(cfg, folder, result, index, bool(spec.annotations.get(cfg.task)) and spec.format == "coco")
+        save_predictions(cfg, folder, result, index, spec)
         if labeled:
             LOGGER.info(table(result.metrics, per_class=cfg.verbose or len(names) < MANY_CLASSES))
             LOGGER.info(summary(result.metrics, settings.metrics.pr_iou))
@@ -221,19 +229,30 @@ def describe_run(cfg: ValConfig, plan: EvalPlan, dist: Dist) -> dict[str, Any]:
     return {**used, **shape, "device": describe(dist.device)}
 
 
-def save_predictions(cfg: ValConfig, folder: Path, result: EvalResult, index: LabelIndex, own_ids: bool) -> None:
-    """--save-json and --save-txt. Without an annotation file the predictions get one of the same ids beside them."""
+def save_predictions(cfg: ValConfig, folder: Path, result: EvalResult, index: LabelIndex, spec: DataSpec) -> None:
+    """--save-json and --save-txt. Without usable ids in annotation files, one with the same ids is written beside."""
     assert result.truth is not None
     files = [index.file(i) for i in range(len(index))]
     if cfg.save_json:
         truth = result.truth
-        if not own_ids:
+        if not index.own_ids:
+            LOGGER.info(own_numbers(spec))
             truth = replace(truth, image_ids=ids_from_names([file.stem for file in files]))
             write_json(folder / "annotations.json", coco_annotations(truth, [file.name for file in files]))
         write_json(folder / "predictions.json", coco_results(result.detections, truth))
     if cfg.save_txt:
         stems = unique_names([file.stem for file in files])
         write_rows(folder / "labels", result.detections, stems, index.shapes, with_conf=cfg.save_conf)
+
+
+def own_numbers(spec: DataSpec) -> str:
+    """What the ids of predictions.json are where they are not those of annotation files."""
+    ids = "the ids in predictions.json are those of annotations.json beside it"
+    if spec.format == "coco":
+        return f"{ids}: the data set's annotation files have ids that are text, or share them between files"
+    if len(spec.names) == 80 and (spec.names[0], spec.names[-1]) == ("person", "toothbrush"):
+        return f"{ids}: category_id is the class number, COCO's own ids need 'annotations:' files as in data/coco.yaml"
+    return ids
 
 
 def measure_classifier(cfg: ValConfig, spec: DataSpec, predictor: Any, dist: Dist) -> ValReport:
@@ -255,10 +274,12 @@ def measure_classifier(cfg: ValConfig, spec: DataSpec, predictor: Any, dist: Dis
 
 def measure_speed(cfg: ValConfig, dist: Dist) -> ValReport:
     """--task speed: single images, square, at detect.py's thresholds."""
+    check_bounds(cfg, runs=(1, math.inf))
     spec = load_data(cfg.data)
     predictors = load_models(cfg, spec, dist)
     plan = replace(plan_for(cfg, predictors[0]), batch_size=cfg.batch_size if cfg.slice else 1, rect=False)
-    settings = ValSettings(conf_thres=0.25, iou_thres=0.45, max_det=cfg.max_det, multi_label=False)
+    limit = ValSettings.max_det if cfg.max_det is None else cfg.max_det
+    settings = ValSettings(conf_thres=0.25, iou_thres=0.45, max_det=limit, multi_label=False)
     index = read_labels(cfg, spec, dist, "val")
     images = list(iterate_images(index, min(cfg.runs, 100)))
     detector = Detector(combine(predictors, augment=cfg.augment), predict_settings(plan, settings))
@@ -304,6 +325,8 @@ def validate_with(cfg: ValConfig) -> ValReport:
         if not cfg.predictions:
             raise UserError("--annotations goes with --predictions RESULTS.json; with a model, use --data")
         return measure_predictions(cfg)
+    if cfg.task in ("speed", "study"):
+        refuse_flags(cfg, f"--task {cfg.task}", ("save_json", "save_txt"))
     dist = Dist.start(cfg.device)
     quiet(dist.is_main)
     try:

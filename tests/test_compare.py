@@ -134,3 +134,46 @@ def test_mistakes_are_one_line(flags: dict, words: str):
     with pytest.raises(UserError) as e:
         compare.run(**flags)
     assert words in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.usefixtures("finders")
+def test_flags_reach_the_comparison(tmp_path: Path):
+    data = dataset(tmp_path / "squares", images=3)
+    argv = ["--weights", "a.pt", "b.pt", "--data", str(data), "--workers", "0", "--replicates", "0"]
+    argv += ["--area-bins", "8", "32", "96", "--area-pixels", "network", "--max-dets", "1", "400"]
+    assert compare.main([*argv, "--project", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "exp" / "compare.json").read_text())
+    assert "AP_8-32" in content["A"] and content["settings"]["max_det"] == 400
+    assert content["settings"]["area_pixels"] == "network"
+
+
+def test_pictures_that_cannot_be_shown_cost_nothing_else(tmp_path: Path, capsys):
+    data = dataset(tmp_path / "squares", images=3)
+    records = [{"id": i, "file_name": f"picture{i}.png", "height": 120, "width": 160} for i in range(3)]
+    boxes = [{"image_id": i, "category_id": 1, "bbox": [5, 5, 50, 50]} for i in range(3)]
+    truth = {"images": records, "categories": [{"id": 1, "name": "a"}], "annotations": boxes}
+    (tmp_path / "t.json").write_text(json.dumps(truth))
+    (tmp_path / "a.json").write_text(json.dumps([{**box, "score": 0.9} for box in boxes]))
+    (tmp_path / "b.json").write_text("[]")
+    folder = data.parent / "images"
+    (folder / "picture0.png").unlink()
+    Image.new("RGB", (40, 30)).save(folder / "picture1.png")
+    files = {"predictions": [str(tmp_path / f"{x}.json") for x in "ab"], "annotations": tmp_path / "t.json"}
+    report = compare.run(**files, images=folder, project=tmp_path, replicates=0, conf=0.5)
+    content = json.loads((report.save_dir / "compare.json").read_text())
+    assert content["pictures"] == [p.name for p in report.pictures] == ["03_A_better_by_1_picture2.jpg"]
+    line = next(line for line in capsys.readouterr().out.splitlines() if "left out" in line)
+    assert "2 of 3" in line and "picture0.png" in line and "picture1 has 40 x 30 px" in line
+    with pytest.raises(UserError, match="--images"):
+        compare.run(**files, images=tmp_path / "absent", project=tmp_path)
+    with pytest.raises(UserError, match="--area-pixels network needs a model"):
+        compare.run(**files, area_pixels="network", project=tmp_path)
+
+
+def test_network_pixels_need_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = dataset(tmp_path / "squares", images=2)
+    monkeypatch.setattr(compare, "load_predictor", lambda path, **_: SquareFinder((int(path), int(path))))
+    options = {"weights": ["160", "320"], "data": data, "project": tmp_path, "workers": 0, "replicates": 0}
+    with pytest.raises(UserError, match="--area-pixels network.*one --imgsz"):
+        compare.run(**options, area_pixels="network")
+    assert compare.run(**options, pictures=0).metrics[1]["AP50"] == 1.0

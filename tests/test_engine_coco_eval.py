@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,12 @@ def test_results_travel_through_cocos_format_under_own_ids(tmp_path: Path):
         ({"image_id": 1, "category_id": 1, "bbox": [0, 0, 1], "score": 1}, "entry 0"),
         ({"image_id": 1, "category_id": 1, "segmentation": []}, "bbox"),
         ("text", "entry 0"),
+        ({"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": math.nan}, "entry 0 has score nan"),
+        ({"image_id": [1], "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}, r"entry 0 has image_id \[1\]"),
+        ({"image_id": 1, "category_id": [1], "bbox": [0, 0, 1, 1], "score": 1}, r"entry 0 has category_id \[1\]"),
+        ({"image_id": 1, "category_id": 1, "bbox": [0, math.nan, 1, 1], "score": 1}, "entry 0 has bbox .*nan"),
+        ({"image_id": 1, "category_id": 1, "bbox": [0, 0, math.inf, 1], "score": 1}, "entry 0 has bbox .*inf"),
+        ({"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, -2], "score": 1}, "entry 0 has bbox .*negative"),
     ],
 )
 def test_broken_predictions_are_named(tmp_path: Path, entry: object, words: str):
@@ -215,7 +222,48 @@ def test_broken_annotations_are_one_line(tmp_path: Path, text: str):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("bad", [{"iou_thrs": (1.5,)}, {"max_dets": (0,)}, {"area_bins": (-1,)}, {"area_from": "x"}])
+@pytest.mark.parametrize(
+    "part,change,words",
+    [
+        ("images", {"height": None}, "image entry 0 has height None"),
+        ("images", {"id": [1]}, r"image entry 0 has id \[1\]"),
+        ("categories", {"name": ...}, "category entry 0 has no 'name'"),
+        ("annotations", {"image_id": [1]}, r"annotation entry 0 has image_id \[1\]"),
+        ("annotations", {"category_id": 2}, "annotation entry 0 has category_id 2"),
+        ("annotations", {"bbox": [0, 0, math.nan, 1]}, "annotation entry 0 has bbox .*nan"),
+        ("annotations", {"bbox": [0, 0, -1, 1]}, "annotation entry 0 has bbox .*negative"),
+        ("annotations", {"bbox": [0, 0, 1]}, "annotation entry 0 has bbox .*four"),
+        ("annotations", {"area": math.nan}, "annotation entry 0 has area nan"),
+    ],
+)
+def test_broken_entries_of_annotations_are_named(tmp_path: Path, part: str, change: dict, words: str):
+    data: dict = {
+        "images": [{"id": 1, "height": 10, "width": 10}],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}],
+    }
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(data))
+    assert truth_from_coco(path).objects.area.tolist() == [1]
+    data[part][0] = {key: value for key, value in {**data[part][0], **change}.items() if value is not ...}
+    path.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=words):
+        truth_from_coco(path)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"iou_thrs": (1.5,)},
+        {"max_dets": (0,)},
+        {"area_bins": (-1,)},
+        {"area_bins": (math.nan, 96)},
+        {"area_bins": (32, math.inf)},
+        {"area_bins": (32, 32)},
+        {"area_bins": (96, 32)},
+        {"area_from": "x"},
+    ],
+)
 def test_bad_settings_are_refused(bad: dict):
     with pytest.raises(UserError):
         MetricSettings(**bad)

@@ -10,6 +10,7 @@ from utils.core.dist import Dist
 from utils.core.errors import UserError
 from utils.engine import validate as module
 from utils.engine.coco_eval import MetricSettings
+from utils.engine.predict import PredictSettings
 from utils.engine.validate import ModelPredictor, ValSettings, evaluate_rows, validate
 from utils.ops.boxes import xyxy_to_cxcywh
 from utils.ops.letterbox import letterbox_geometry
@@ -263,3 +264,10 @@ def test_real_processes_agree_to_the_last_digit(tmp_path, world: int):
     whole = validate(Oracle(index, noise=2.0), batches(index), index, NAMES).metrics
     for rank in range(world):
         assert json.loads((tmp_path / f"{world}_{rank}.json").read_text()) == json.loads(json.dumps(whole))
+
+
+@pytest.mark.parametrize("bad", [{"conf_thres": 5}, {"iou_thres": -1}, {"conf_thres": float("nan")}, {"max_det": 0}])
+@pytest.mark.parametrize("settings", [ValSettings, PredictSettings])
+def test_thresholds_out_of_bounds_name_their_flag(settings: type, bad: dict):
+    with pytest.raises(UserError, match=f"--{next(iter(bad)).replace('_', '-')} .*expected"):
+        settings(**bad)

@@ -11,6 +11,7 @@ from PIL import Image
 import val
 from tests.squares import NAMES, SquareFinder, dataset
 from utils.core.errors import UserError
+from utils.data.spec import DataSpec, load_data
 from utils.engine.coco_eval import TWELVE
 
 QUIET = {"workers": 0, "noplots": True}
@@ -144,15 +145,64 @@ def test_images_without_labels_can_only_be_predicted(tmp_path: Path):
 
 @pytest.mark.usefixtures("finder")
 @pytest.mark.parametrize(
+    "ids,own", [([7, 500], True), (["img-9", "img-10"], False), (["42", "43"], False), ([1, 1], False)]
+)
+def test_saved_predictions_belong_to_an_annotation_file(tmp_path: Path, capsys, ids: list, own: bool):
+    dataset(tmp_path, images=2, labels=False)
+    records = [{"id": ids[i], "file_name": f"picture{i}.png", "width": 160, "height": 120} for i in range(2)]
+    categories = [{"id": 10 * (c + 1), "name": name} for c, name in enumerate(NAMES)]
+    parts = [records] if len(set(ids)) == 2 else [[record] for record in records]  # ids that files share
+    for i, part in enumerate(parts):
+        text = json.dumps({"images": part, "annotations": [], "categories": categories})
+        (tmp_path / f"part{i}.json").write_text(text)
+    files = ", ".join(f"part{i}.json" for i in range(len(parts)))
+    (tmp_path / "d.yaml").write_text(f"val: images\nannotations: {{val: [{files}]}}\n")
+    folder = val.run(weights="x.pt", data=tmp_path / "d.yaml", project=tmp_path, save_json=True, **QUIET).save_dir
+    assert (folder / "annotations.json").exists() == (not own)
+    assert ("annotations.json beside it: the data set's annotation files" in capsys.readouterr().out) == (not own)
+    truth = {"images": records} if own else read(folder, "annotations.json")
+    id_of = {record["file_name"]: record["id"] for record in truth["images"]}
+    assert {p["image_id"] for p in read(folder, "predictions.json")} == {id_of["picture0.png"]}
+
+
+def test_class_numbers_under_cocos_names_are_announced():
+    names = tuple(load_data(val.__file__.replace("val.py", "data/coco128.yaml")).names)
+    plain = DataSpec(Path("d.yaml"), Path("."), names, {})
+    assert "category_id is the class number" in val.own_numbers(plain) and "annotations:" in val.own_numbers(plain)
+    assert "category_id" not in val.own_numbers(DataSpec(Path("d.yaml"), Path("."), NAMES, {}))
+
+
+@pytest.mark.parametrize(
+    "options,limit,warned",
+    [({}, 300, False), ({"max_dets": [1, 10, 1000]}, 1000, False), ({"max_det": 500}, 500, False),
+     ({"max_dets": [1, 1000], "max_det": 400}, 400, True)],
+)  # fmt: skip
+def test_the_limit_of_nms_lets_through_what_is_counted(options: dict, limit: int, warned: bool, capsys):
+    assert val.val_settings(val.ValConfig(**options)).max_det == limit
+    out = capsys.readouterr().out
+    assert ("--max-det 400" in out and "--max-dets 1000" in out) == warned and out.count("\n") == warned
+
+
+@pytest.mark.usefixtures("finder")
+@pytest.mark.parametrize(
     "flags,words",
     [
         ({"weights": []}, "no --weights"),
         ({"task": "test"}, "test"),
         ({"imgsz": [1, 2, 3]}, "imgsz"),
         ({"batch_size": 0}, "--batch-size 0"),
+        ({"conf_thres": 5}, "--conf-thres 5"),
+        ({"iou_thres": -1}, "--iou-thres -1"),
+        ({"max_det": 0}, "--max-det 0"),
+        ({"task": "speed", "runs": 0}, "--runs 0"),
+        ({"task": "study", "save_json": True}, "--save-json does nothing with --task study"),
+        ({"task": "speed", "save_txt": True}, "--save-txt does nothing with --task speed"),
+        ({"predictions": "a.json", "annotations": "b.json"}, "--weights does nothing with --predictions"),
+        ({"weights": [], "predictions": "a", "annotations": "b", "save_json": True}, "--save-json"),
+        ({"weights": [], "predictions": "a", "annotations": "b", "save_txt": True}, "--save-txt"),
         ({"annotations": "a.json"}, "--predictions"),
         ({"predictions": "a.json"}, "--annotations"),
-        ({"predictions": "a.json", "annotations": "b.json"}, "b.json"),
+        ({"weights": [], "predictions": "a.json", "annotations": "b.json"}, "b.json"),
     ],
 )
 def test_mistakes_are_one_line(squares: Path, tmp_path: Path, flags: dict, words: str):

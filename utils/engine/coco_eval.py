@@ -6,6 +6,7 @@ objects to measure it on is NaN here (COCO's own tools print -1), `-` in tables 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from utils.ops.metrics import Curves, Found, Objects, pr_curves
 COCO_IOU_THRS = tuple(np.linspace(0.5, 0.95, 10).tolist())
 COCO_BINS = (32.0, 96.0)
 MAX_AREA = 1e10
+MAX_SIDE = MAX_AREA**0.5
 TABLE = ("P", "R", "AP50", "AP", "AP75", "AP_S", "AP_M", "AP_L")
 TWELVE = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", "AR_S", "AR_M", "AR_L")
 
@@ -54,16 +56,21 @@ class MetricSettings:
     area_pixels: str = "source"  # or "network": sizes as the network sees them
 
     def __post_init__(self) -> None:
-        for name, kind in (("iou_thrs", float), ("max_dets", int), ("area_bins", float)):
+        for name, kind in (("iou_thrs", float), ("max_dets", int)):
             object.__setattr__(self, name, tuple(sorted({kind(v) for v in getattr(self, name)})))
+        bins = tuple(map(float, self.area_bins))
+        object.__setattr__(self, "area_bins", bins)
         if not self.iou_thrs or not all(0 < t < 1 for t in self.iou_thrs):
             raise UserError(
                 f"IoU thresholds {list(self.iou_thrs)}; expected numbers between 0 and 1, e.g. --iou-thrs 0.33"
             )
         if not self.max_dets or self.max_dets[0] < 1:
             raise UserError(f"--max-dets {list(self.max_dets)}; expected whole numbers of at least 1, e.g. 1 10 100")
-        if not self.area_bins or self.area_bins[0] <= 0:
-            raise UserError(f"--area-bins {list(self.area_bins)}; expected side lengths in pixels above 0, e.g. 32 96")
+        if not bins or not all(0 < b < MAX_SIDE for b in bins) or any(a >= b for a, b in pairwise(bins)):
+            raise UserError(
+                f"--area-bins {' '.join(f'{b:g}' for b in bins)}; expected side lengths above 0 and under "
+                f"{MAX_SIDE:g} px, each larger than the one before, e.g. 32 96"
+            )
         if self.area_from not in ("annotation", "box") or self.area_pixels not in ("source", "network"):
             raise UserError(
                 f"--area-from {self.area_from} --area-pixels {self.area_pixels}; "

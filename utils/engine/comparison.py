@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from utils.core.errors import UserError
+from utils.core.log import LOGGER
 from utils.engine.bootstrap import Interval
 from utils.engine.coco_eval import Truth
 from utils.engine.pictures import draw_boxes_in, mosaic, save_picture, titled
@@ -124,12 +126,24 @@ def save_pairs(
     stem: Callable[[int], str],
     folder: Path,
 ) -> list[Path]:
-    """One picture for each picked image; the name says who is better by how many errors."""
-    paths = []
+    """One picture for each picked image that can be read; the name says who is better by how many errors."""
+    paths, left_out = [], []
     for rank, (image, gain) in enumerate(picked, 1):
         better = f"{'B' if gain > 0 else 'A'}_better_by_{abs(gain)}"
-        picture = draw_pair(read(image), truth, a, b, image)
+        try:
+            pixels = read(image)
+        except UserError as error:
+            left_out.append(str(error))
+            continue
+        expected = tuple(map(int, truth.shapes[image]))
+        if pixels.shape[:2] != expected:
+            sizes = f"{pixels.shape[1]} x {pixels.shape[0]} px, its record says {expected[1]} x {expected[0]}"
+            left_out.append(f"{stem(image)} has {sizes}")
+            continue
+        picture = draw_pair(pixels, truth, a, b, image)
         paths.append(save_picture(picture, folder / f"{rank:02d}_{better}_{stem(image)}.jpg"))
+    if left_out:
+        LOGGER.warning(f"{len(left_out)} of {len(picked)} pictures left out: {'; '.join(left_out)}")
     return paths
 
 

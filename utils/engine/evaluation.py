@@ -1,5 +1,6 @@
 """From a data set and a predictor to an evaluation: picks loader or slices, shows progress, keeps ranks together."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ from utils.data.images import read_image
 from utils.data.index import LabelIndex
 from utils.data.loader import EvalLoader
 from utils.engine.pipeline import ahead
-from utils.engine.predict import Detector, PredictSettings, network_size
+from utils.engine.predict import Detector, PredictSettings, check_bounds, network_size
 from utils.engine.validate import STAGES, EvalResult, OnBatch, ValSettings, evaluate_rows, validate
 from utils.ops.boxes import xyxy_to_cxcywh
 from utils.ops.letterbox import Letterbox, letterbox_geometry, letterbox_image
@@ -38,9 +39,7 @@ class EvalPlan:
     overlap: float = 0.2
 
     def __post_init__(self) -> None:
-        for name, low in (("batch_size", 1), ("workers", 0), ("slice_size", 0)):
-            if getattr(self, name) < low:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}; expected {low} or more")
+        check_bounds(self, batch_size=(1, math.inf), workers=(0, math.inf), slice_size=(0, math.inf))
 
 
 @dataclass(frozen=True)

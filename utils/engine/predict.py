@@ -4,6 +4,7 @@ A predictor is any callable from images float [B, 3, H, W] in 0..1 to decoded pr
 pixels, or to a list of [n, 6] detections where its `end2end` is true. Where it comes from is no concern of this room.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from utils.ops.tiles import merge_tiles, tile_boxes
 
 TTA_SCALES = (1.0, 0.83, 0.67)
 TTA_FLIPS = (False, True, False)
+DETECTION_BOUNDS = {"conf_thres": (0, 1), "iou_thres": (0, 1), "max_det": (1, math.inf)}
 
 
 class Predictor(Protocol):
@@ -64,13 +66,16 @@ class PredictSettings:
     overlap: float = 0.2
 
     def __post_init__(self) -> None:
-        for name, low, high in (("conf_thres", 0, 1), ("iou_thres", 0, 1), ("overlap", 0, 0.9)):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise UserError(f"--{name.replace('_', '-')} {value}; expected a number from {low} to {high}")
-        for name, low in (("max_det", 1), ("batch_size", 1), ("slice_size", 0)):
-            if getattr(self, name) < low:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}; expected {low} or more")
+        check_bounds(self, **DETECTION_BOUNDS, overlap=(0, 0.9), batch_size=(1, math.inf), slice_size=(0, math.inf))
+
+
+def check_bounds(settings: object, **bounds: tuple[float, float]) -> None:
+    """UserError that names the flag of the first field outside its bounds (lowest, highest); NaN is outside of any."""
+    for name, (low, high) in bounds.items():
+        value = getattr(settings, name)
+        if not low <= value <= high:
+            expected = f"{low} or more" if high == math.inf else f"a number from {low} to {high}"
+            raise UserError(f"--{name.replace('_', '-')} {value}; expected {expected}")
 
 
 @dataclass

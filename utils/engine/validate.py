@@ -19,6 +19,7 @@ from utils.core.dist import Dist
 from utils.core.errors import UserError
 from utils.core.log import LOGGER
 from utils.engine.coco_eval import Labels, MetricSettings, Truth, coco_metrics, found_from_rows, truth_from_index
+from utils.engine.predict import DETECTION_BOUNDS, check_bounds
 from utils.ops.letterbox import Letterbox
 from utils.ops.metrics import Curves, confusion_matrix
 from utils.ops.nms import non_max_suppression
@@ -58,12 +59,25 @@ class ValSettings:
     confusion_conf: float = 0.25
     confusion_iou: float = 0.45
 
+    def __post_init__(self) -> None:
+        check_bounds(self, **DETECTION_BOUNDS)
+
     def as_dict(self) -> dict[str, Any]:
         """For metrics.json."""
         nms = {"conf_thres": self.conf_thres, "iou_thres": self.iou_thres, "max_det": self.max_det}
         nms |= {"agnostic": self.agnostic, "multi_label": self.multi_label, "single_cls": self.single_cls}
         confusion = {"confusion_conf": self.confusion_conf, "confusion_iou": self.confusion_iou}
         return {**nms, **confusion, **self.metrics.as_dict()}
+
+
+def detection_limit(max_det: int | None, metrics: MetricSettings) -> int:
+    """Most detections per image: --max-det where given, else 300, or what --max-dets counts where that is more."""
+    counted = metrics.max_dets[-1]
+    if max_det is None:
+        return max(ValSettings.max_det, counted)
+    if 0 < max_det < counted:
+        LOGGER.warning(f"--max-det {max_det} keeps fewer detections of an image than --max-dets {counted} would count")
+    return max_det
 
 
 @dataclass(frozen=True)
