@@ -18,10 +18,9 @@ from models import build_model
 from models.graph import Network
 from models.heads import Detect
 from models.yolo import DetectionModel
-from utils.core.checkpoint import is_native, load_checkpoint
+from utils.core.checkpoint import FORMAT, is_native, load_checkpoint
 from utils.core.errors import UserError
 
-FORMAT = "yolov5-spd"
 VERSION = 1
 BOX_OUTPUTS = 5  # x, y, w, h, objectness: what a head keeps when its classes change
 

@@ -33,6 +33,38 @@ def test_damaged_files_are_one_line(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
+def test_one_flipped_bit_is_one_line_or_harmless(tmp_path):
+    """Every byte of a file with one bit flipped: read as it was, or refused in one line that names the file."""
+    path = tmp_path / "x.pt"
+    ck.save_checkpoint(path, DATA)
+    whole = path.read_bytes()
+    refused = 0
+    for at in range(0, len(whole), 3):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        for read in (ck.is_native, ck.load_checkpoint):
+            try:
+                read(path)
+            except UserError as error:
+                refused += 1
+                assert "x.pt" in str(error) and "\n" not in str(error), at
+    assert refused > 100
+    at = whole.index(DATA["state"]["w"].numpy().tobytes())
+    path.write_bytes(whole[:at] + b"\x01" + whole[at + 1 :])
+    with pytest.raises(UserError, match="check sums"):
+        ck.load_checkpoint(path)
+
+
+def test_the_mark_is_the_first_entry_and_not_any_text(tmp_path):
+    """Files of others that mention this project are not taken as its own, and torch's advice is not passed on."""
+    path = tmp_path / "x.pt"
+    torch.save({"epoch": 1, "opt": {"project": "runs/yolov5-spd", "format": "yolov5-spd"}}, path)
+    assert not ck.is_native(path)
+    torch.save({"model": torch.nn.Linear(1, 1)}, path)
+    with pytest.raises(UserError, match="written by train.py or convert.py") as error:
+        ck.load_checkpoint(path)
+    assert "weights_only" not in str(error.value) and "\x1b" not in str(error.value)
+
+
 def test_a_write_that_fails_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     ck.save_checkpoint(path, DATA)

@@ -53,7 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a training checkpoint": {
         "best_fitness": np.array([0.5]),
         "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"params": [0], "lr": 0.1}]},
-        "opt": argparse.Namespace(imgsz=512, data="x.yaml"),
+        "opt": argparse.Namespace(imgsz=512, data="x.yaml", project="runs/yolov5-spd"),
         "date": "2024-05-06T07:08:09",
         "license": "AGPL-3.0",
         "fitness": np.float64(0.25),
