@@ -15,7 +15,7 @@ from models.conversion import initialise
 from models.weights import LoadedModel, load_model, unpack_model
 from utils.core.checkpoint import load_checkpoint
 from utils.core.config import build_parser, config_dict, config_from_kwargs, parse_config, run_cli
-from utils.core.device import describe, parse_device
+from utils.core.device import check_gpus, describe, parse_device
 from utils.core.dist import Dist, launched, relaunch
 from utils.core.hyp import Hyp, load_hyp
 from utils.core.log import LOGGER, quiet
@@ -64,11 +64,14 @@ def make_model(config: TrainConfig, spec: DataSpec, hyp: Hyp) -> Network:
     if loaded is not None:
         for line in initialise(model, loaded):
             LOGGER.info(line)
-    for layer in frozen_layers(config.freeze):
-        for name, parameter in model.named_parameters():
-            if name.startswith(f"model.{layer}."):
-                parameter.requires_grad_(False)
     return model
+
+
+def freeze(model: Network, layers: Sequence[int]) -> None:
+    """Take these layers out of training."""
+    for layer in layers:
+        for parameter in model.model[layer].parameters() if layer < len(model.model) else ():
+            parameter.requires_grad_(False)
 
 
 def frozen_layers(freeze: Sequence[int]) -> list[int]:
@@ -78,7 +81,7 @@ def frozen_layers(freeze: Sequence[int]) -> list[int]:
 
 def train(config: TrainConfig, dist: Dist, given: set[str]) -> TrainResult:
     """One run from start, or from a checkpoint, to the evaluation of its best weights."""
-    checkpoint, path = None, find_resume(config)
+    checkpoint, path = None, find_resume(config, dist)
     if path is not None:
         checkpoint = load_checkpoint(path)
         config = resumed_config(config, checkpoint, path, given)
@@ -96,6 +99,7 @@ def train(config: TrainConfig, dist: Dist, given: set[str]) -> TrainResult:
         if config.batch_size == -1:
             fits = measure_batch_size(model, config.imgsz, dist.device, precision(config.amp, dist.device))
             config = replace(config, batch_size=dist.broadcast(fits) * dist.world_size)
+    freeze(model, frozen_layers(config.freeze))
     task: Task = TASKS[model.task](model, spec, config, hyp, dist)  # type: ignore[index]
     folder = folder or open_run(config, dist)
     trainer = Trainer(task, config, hyp, dist, folder)
@@ -175,6 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(TrainConfig, argv, "train.py", __doc__ or "", RETIRED)
     gpus = parse_device(config.device)
     if isinstance(gpus, list) and len(gpus) > 1 and not launched():
+        check_gpus(config.device, gpus)
         return relaunch(len(gpus), argv)
     try:
         launch(config, given_fields(argv))

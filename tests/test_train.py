@@ -138,6 +138,109 @@ def test_killed_runs_end_like_the_uninterrupted_one(reference, scenes, tmp_path,
     assert (reference / "results.csv").read_text() == (tmp_path / "exp" / "results.csv").read_text()
 
 
+def interrupted(monkeypatch, at, **options):
+    """A run that ends by SIGTERM after `at` optimizer steps."""
+    from utils.engine.trainer import Interrupted, Trainer
+
+    step = Trainer._optimizer_step
+    done = []
+
+    def counting(self, number):
+        step(self, number)
+        done.append(number)
+        if len(done) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_optimizer_step", counting)
+        with pytest.raises(Interrupted):
+            train.run(**options)
+
+
+def test_frozen_layers_stay_frozen_after_resuming(scenes, tmp_path, monkeypatch):
+    options = {**SMALL, "data": scenes, "hyp": HYP, "freeze": [3]}
+    expected = train.run(**options, project=tmp_path / "a")
+    interrupted(monkeypatch, 1, **options, project=tmp_path / "b")
+    train.run(resume=str(tmp_path / "b" / "exp"))
+    assert same(expected.folder, tmp_path / "b" / "exp")
+
+
+def test_an_older_run_in_the_same_folder_is_not_what_is_resumed(scenes, tmp_path, monkeypatch):
+    options = {**SMALL, "data": scenes, "hyp": HYP, "project": tmp_path, "exist_ok": True, "epochs": 1}
+    train.run(**options)
+    monkeypatch.setattr("utils.engine.trainer.Trainer._train_epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(**options, seed=5)
+    weights = tmp_path / "exp" / "weights"
+    last = load_checkpoint(weights / "last.pt")["train"]
+    assert last["config"]["seed"] == 5 and last["progress"]["epoch"] == 0 and not (weights / "best.pt").exists()
+
+
+@pytest.mark.parametrize("world", ["1", "2"])
+def test_a_restarted_group_finds_its_own_run(tmp_path, monkeypatch, world):
+    """What torchrun --max-restarts starts again goes on; what somebody else started there does not."""
+    from utils.core.config import config_from_kwargs
+    from utils.core.dist import Dist
+    from utils.engine.runs import find_resume, open_run
+    from utils.engine.settings import TrainConfig
+
+    for name, value in {"LOCAL_RANK": "0", "WORLD_SIZE": world, "TORCHELASTIC_RUN_ID": "run"}.items():
+        monkeypatch.setenv(name, value)
+    config = config_from_kwargs(TrainConfig, cfg="yolov5n", project=str(tmp_path))
+    folder = open_run(config, Dist.single())
+    last = folder / "weights" / "last.pt"
+    last.touch()
+    assert find_resume(config, Dist.single()) is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert find_resume(config, Dist.single()) == last
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    assert find_resume(config, Dist.single()) is None
+
+
+def test_gpus_that_are_not_there_or_too_many_are_refused(monkeypatch):
+    from utils.core.device import select_device
+    from utils.core.dist import Dist
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="torch sees 0 CUDA devices"):
+        train.main(["--data", "data/demo.yaml", "--cfg", "yolov5n", "--device", "0,1"])
+    with pytest.raises(UserError, match="2 GPUs for 1 process"):
+        select_device("0,1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="torch sees 0 CUDA devices"):
+        Dist.start("0,1")
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_checkpoint_outside_a_run_folder_is_not_resumed(whole, tmp_path):
+    copy = shutil.copy(whole.folder / "weights" / "last.pt", tmp_path / "mine.pt")
+    with pytest.raises(UserError, match="expected RUN/weights/mine.pt"):
+        train.run(resume=str(copy), epochs=3)
+
+
+def test_image_weights_draw_all_tiles(scenes):
+    """With --slice the weights belong to tiles, not to images."""
+    import numpy as np
+
+    from utils.core.config import config_from_kwargs
+    from utils.core.dist import Dist
+    from utils.core.hyp import Hyp
+    from utils.data.spec import load_data
+    from utils.engine.settings import TrainConfig
+    from utils.engine.tasks.detect import DetectTask
+
+    config = config_from_kwargs(TrainConfig, **{**SMALL, "data": str(scenes), "slice": 32, "noautoanchor": True})
+    spec, hyp = load_data(scenes), Hyp()
+    task = DetectTask(train.make_model(config, spec, hyp), spec, config, hyp, Dist.single())
+    assert task.samples > 2 * len(task.train_index)
+    weights = task._sample_weights(np.ones(spec.nc))
+    assert weights.tolist() == [len(task.dataset.objects(i)) for i in range(task.samples)]
+
+
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments(reference, scenes, tmp_path):
     rng, kills, runs = random.Random(0), 0, 0

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 
 import torch
 
@@ -31,15 +32,25 @@ def select_device(spec: str = "") -> torch.device:
             raise UserError("--device mps, but this machine or torch build has no MPS; use --device cpu")
         return torch.device("mps")
     assert isinstance(parsed, list)
-    number = int(os.environ.get("LOCAL_RANK", 0)) if len(parsed) > 1 else 0
-    index = parsed[min(number, len(parsed) - 1)]
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if len(parsed) > 1 and len(parsed) != ranks:
+        raise UserError(
+            f"--device {spec} names {len(parsed)} GPUs for {ranks} process(es) on this machine; "
+            f"start with torchrun --nproc-per-node {len(parsed)}, or name one GPU"
+        )
+    index = parsed[int(os.environ.get("LOCAL_RANK", 0)) if len(parsed) > 1 else 0]
+    check_gpus(spec, parsed)
+    check_architecture(index)
+    return torch.device("cuda", index)
+
+
+def check_gpus(spec: str, numbers: Sequence[int]) -> None:
+    """Refuse GPUs that torch does not see."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if index >= count:
+    if max(numbers) >= count:
         raise UserError(
             f"--device {spec}, but torch sees {count} CUDA devices; use --device cpu or a number below {count}"
         )
-    check_architecture(index)
-    return torch.device("cuda", index)
 
 
 def check_architecture(index: int) -> None:

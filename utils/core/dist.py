@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from utils.core.device import select_device
 from utils.core.errors import UserError
@@ -40,18 +41,17 @@ class Dist:
         if world == 1:
             return cls.single(select_device(device_spec))
         local = int(os.environ.get("LOCAL_RANK", 0))
-        device = select_device(
-            device_spec or ",".join(map(str, range(max(torch.cuda.device_count(), 1))))
-            if torch.cuda.is_available()
-            else "cpu"
-        )
+        device = select_device(device_spec or _own_gpu(local))
         backend = "nccl" if device.type == "cuda" else "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        limit = timedelta(seconds=timeout)
+        store, rank, world = next(rendezvous("env://", timeout=limit))
         torch_dist.init_process_group(
-            backend, timeout=timedelta(seconds=timeout), device_id=device if device.type == "cuda" else None
-        )
-        return cls(torch_dist.get_rank(), world, local, device)
+            backend, timeout=limit, store=torch_dist.PrefixStore(_attempt(), store), rank=rank, world_size=world,
+            device_id=device if device.type == "cuda" else None,
+        )  # fmt: skip
+        return cls(rank, world, local, device)
 
     def stop(self) -> None:
         """Leave the group."""
@@ -112,6 +112,15 @@ class Dist:
         """Run `function` on the main rank, then on the others (which find its caches warm)."""
         if self.world_size == 1:
             return function()
+        result = self._on_main(function)[0]
+        return result if self.is_main else function()
+
+    def main_decides(self, function: Callable[[], T]) -> T:
+        """What `function` gives on the main rank, on every rank."""
+        return function() if self.world_size == 1 else self.broadcast(self._on_main(function)[0])
+
+    def _on_main(self, function: Callable[[], T]) -> list[T]:
+        """[its result] on the main rank, [None] elsewhere; its UserError is raised on all ranks."""
         failure: str | None = None
         result: Any = None
         if self.is_main:
@@ -122,11 +131,25 @@ class Dist:
         failure = self.broadcast(failure)
         if failure is not None:
             raise UserError(failure)
-        return result if self.is_main else function()
+        return [result]
 
     def sync_batch_norm(self, model: Module) -> Module:
         """BatchNorm layers take their statistics over all ranks."""
         return cast(Module, nn.SyncBatchNorm.convert_sync_batchnorm(model)) if self.world_size > 1 else model
+
+
+def _own_gpu(local_rank: int) -> str:
+    """The default device of a rank: the GPU of its number, or the CPU where there is none."""
+    return str(local_rank) if torch.cuda.is_available() else "cpu"
+
+
+def _attempt() -> str:
+    """A name for this attempt of a group that may be restarted: torchrun's store keeps the addresses of dead ranks.
+
+    With several nodes each agent counts its own restarts, so there the name is one and the same.
+    """
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if alone else "attempt"
 
 
 def is_restarted() -> bool:

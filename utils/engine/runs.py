@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.core.config import config_from_kwargs
-from utils.core.dist import Dist, is_restarted
+from utils.core.dist import Dist, is_restarted, launched
 from utils.core.errors import UserError
 from utils.core.files import atomic_write, increment_path
 from utils.core.log import LOGGER
@@ -24,13 +24,23 @@ def newest_checkpoint(project: str | Path) -> Path:
     return found[-1]
 
 
-def find_resume(config: TrainConfig) -> Path | None:
+def find_resume(config: TrainConfig, dist: Dist) -> Path | None:
     """The checkpoint that this start continues: that of --resume, or after an elastic restart the group's own."""
+    found = dist.main_decides(lambda: _find_resume(config))
+    return None if found is None else Path(found)
+
+
+def _find_resume(config: TrainConfig) -> Path | None:
     if config.resume is not None:
         path = newest_checkpoint(config.project) if config.resume == "newest" else Path(config.resume)
         path = path / "weights" / "last.pt" if path.is_dir() else path
         if not path.is_file():
             raise UserError(f"--resume '{config.resume}': no such checkpoint; expected a last.pt or a run folder")
+        if path.resolve().parent.name != "weights":
+            raise UserError(
+                f"--resume '{config.resume}': a run goes on in its folder; expected RUN/weights/{path.name}, "
+                "or start a new run with --weights"
+            )
         return path
     if is_restarted():
         for mark in Path(config.project).glob(f"{config.name}*/{LAUNCH_FILE}"):
@@ -78,7 +88,9 @@ def open_run(config: TrainConfig, dist: Dist) -> Path:
     if dist.is_main:
         folder = increment_path(config.project, config.name, config.exist_ok)
         (folder / "weights").mkdir(exist_ok=True)
-        if dist.world_size > 1:
+        for name in ("last.pt", "best.pt"):  # --exist-ok: what is resumed or measured later must be this run's
+            (folder / "weights" / name).unlink(missing_ok=True)
+        if launched():
             with atomic_write(folder / LAUNCH_FILE, "w") as file:
                 json.dump(_launch_mark(), file)
     return Path(dist.broadcast(str(folder)))

@@ -86,6 +86,12 @@ class Trainer:
         if config.sync_bn:
             if self.device.type != "cuda":
                 raise UserError("--sync-bn needs GPUs; leave it away on a CPU")
+            rest = task.samples % config.batch_size
+            if 0 < rest < dist.world_size:
+                raise UserError(
+                    f"--sync-bn: the last batch of an epoch has {rest} images for {dist.world_size} processes, "
+                    "and each needs one; choose another --batch-size"
+                )
             self.model = dist.sync_batch_norm(self.model)
         self.statistics = FlatStatistics(self.model)
         self.ema = Ema(self.model, hyp)
@@ -166,9 +172,9 @@ class Trainer:
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         loader = self.task.loader(self.class_weights)
         try:
-            if not (self.folder / "weights" / "last.pt").is_file():
-                self.checkpoint()
             progress = self.progress
+            if progress == Progress():
+                self.checkpoint()
             while progress.epoch < self.config.epochs and not progress.stopped:
                 if not progress.validation_due:
                     self._train_epoch(loader)
@@ -247,10 +253,11 @@ class Trainer:
         term = self.task.loss(outputs, batch, total, self.dist)
         if share:
             self.scaler.scale(term.total).backward()
+        parts = term.parts.float().clone()
         if self.dist.world_size > 1:
             self.statistics.flat.mul_(share / total)
-            self.dist.sum_([self.statistics.flat])
-        self.sums += term.parts.double().nan_to_num(0.0, 0.0, 0.0)
+            self.dist.sum_([self.statistics.flat, parts])
+        self.sums += parts.double().nan_to_num(0.0, 0.0, 0.0)
         self.guard.note(term.parts, step, batch.indices.tolist())
         self.pending += 1
 
@@ -312,7 +319,7 @@ class Trainer:
     def _line(self, batch: Any) -> str:
         """Epoch, memory, mean loss parts so far, objects and size of the last batch."""
         done = max(self.progress.step, 1)
-        means = (self.dist.sum(self.sums) / done).tolist() if batch is None else (self.sums / done).tolist()
+        means = (self.sums / done).tolist()
         memory = f"{torch.cuda.memory_reserved() / 2**30:.3g}G" if self.device.type == "cuda" else "-"
         count = "" if batch is None else str(len(batch.targets))
         size = "" if batch is None or not len(batch.images) else str(batch.images.shape[-1])
@@ -325,7 +332,7 @@ class Trainer:
         """Validate, log, keep the best, decide on stopping, write the checkpoint."""
         progress, steps = self.progress, self.schedule.steps_per_epoch
         final = progress.epoch + 1 == self.config.epochs
-        means = (self.dist.sum(self.sums) / steps).tolist()
+        means = (self.sums / steps).tolist()
         row = {f"train/{name}_loss": mean for name, mean in zip(self.task.loss_names, means, strict=True)}
         if final or not self.config.noval:
             self.last = self.task.evaluate(self.ema.model, self.dist)

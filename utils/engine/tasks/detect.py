@@ -56,6 +56,7 @@ class DetectTask:
         if not len(self.val_index):
             raise UserError(f"{spec.yaml}: the validation set has no images; give `val:` a folder with images")
         self.train_index.require_labels(spec.yaml)
+        self.val_index.require_labels(f"{spec.yaml}, split val")
         for line in digest(self.train_index, config.imgsz):
             LOGGER.info(line)
         slices = (config.slice, config.overlap) if config.slice else None
@@ -95,13 +96,20 @@ class DetectTask:
     def loader(self, epoch_weights: Sequence[float] | None) -> TrainLoader:
         weights = None
         if epoch_weights is not None:
-            per_image = np.zeros(self.samples)
-            np.add.at(per_image, image_of_box(self.train_index), np.asarray(epoch_weights)[self.train_index.cls])
-            weights = per_image + 1e-6
+            weights = self._sample_weights(np.asarray(epoch_weights)) + 1e-6
         return TrainLoader(
             self.dataset, self.config.batch_size, workers=self.workers, seed=self.config.seed,
             rank=self.dist.rank, world_size=self.dist.world_size, weights=weights, shuffle=not self.config.rect,
         )  # fmt: skip
+
+    def _sample_weights(self, class_weights: np.ndarray) -> np.ndarray:
+        """The sum over the objects of each image, or with --slice of each tile."""
+        if self.config.slice:
+            classes = (self.dataset.objects(i).cls.astype(int) for i in range(self.samples))
+            return np.array([class_weights[own].sum() for own in classes])
+        sums = np.zeros(self.samples)
+        np.add.at(sums, image_of_box(self.train_index), class_weights[self.train_index.cls])
+        return sums
 
     def images(self, batch: Batch, device: torch.device, epoch: int, step: int) -> Tensor:
         images = to_float(batch.images, device)
