@@ -6,7 +6,7 @@ torchrun --nproc-per-node 4 train.py --data data/coco.yaml --cfg models/yolov5-s
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from models import Network, build_model
 from models.conversion import initialise
 from models.weights import LoadedModel, load_model, unpack_model
 from utils.core.checkpoint import load_checkpoint
-from utils.core.config import build_parser, config_dict, config_from_kwargs, parse_config, run_cli
+from utils.core.config import config_dict, config_from_kwargs, given_options, parse_config, run_cli
 from utils.core.device import check_gpus, describe, parse_device
 from utils.core.dist import Dist, launched, relaunch
 from utils.core.hyp import Hyp, load_hyp
@@ -148,10 +148,7 @@ def finish(task: Task, dist: Dist, folder: Path, config: TrainConfig) -> TrainRe
 
 def run(**options: Any) -> TrainResult:
     """Train from Python: the keywords are the flags, `run(data="data/demo.yaml", cfg="yolov5-spd-n", epochs=3)`."""
-    config = config_from_kwargs(TrainConfig, **options)
-    names = {f.name for f in fields(TrainConfig)}
-    given = {key.replace("-", "_") for key in options} & names
-    return launch(config, given)
+    return launch(config_from_kwargs(TrainConfig, **options), given_options(TrainConfig, options))
 
 
 def launch(config: TrainConfig, given: set[str]) -> TrainResult:
@@ -164,15 +161,6 @@ def launch(config: TrainConfig, given: set[str]) -> TrainResult:
         dist.stop()
 
 
-def given_fields(argv: Sequence[str]) -> set[str]:
-    """Names of the options that stand on the command line."""
-    parser = build_parser(TrainConfig, "train.py")
-    for action in parser._actions:
-        action.default = None
-    values, _ = parser.parse_known_args(list(argv))
-    return {name for name, value in vars(values).items() if value is not None}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -182,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_gpus(config.device, gpus)
         return relaunch(len(gpus), argv)
     try:
-        launch(config, given_fields(argv))
+        launch(config, given_options(TrainConfig, argv))
     except Interrupted:
         LOGGER.info("interrupted; a checkpoint was written, continue with --resume")
         return EXIT_INTERRUPTED

@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.core.config import config_from_kwargs, parse_config
+from utils.core.config import config_from_kwargs, given_options, parse_config
 from utils.core.errors import UserError
 from utils.core.hyp import Hyp, load_hyp
 from utils.engine.settings import RETIRED, TrainConfig
@@ -64,6 +64,20 @@ def test_keywords_mirror_flags_and_aliases():
     assert (config.imgsz, config.batch_size) == (128, 4)
     with pytest.raises(UserError, match="did you mean 'epochs'"):
         config_from_kwargs(TrainConfig, cfg="x.yaml", epoch=3)
+
+
+def test_options_without_a_value_are_true_in_keywords():
+    """`resume=True` and `cache=False`, as YOLOv5 takes them, are the flag without a value and no flag."""
+    config = config_from_kwargs(TrainConfig, resume=True, cache=True)
+    assert (config.resume, config.cache) == ("newest", "ram")
+    config = config_from_kwargs(TrainConfig, cfg="x.yaml", resume=False, cache=False)
+    assert (config.resume, config.cache) == (None, None)
+
+
+def test_given_options_are_fields_whatever_their_spelling():
+    expected = {"imgsz", "batch_size", "rect"}
+    assert given_options(TrainConfig, {"img": 8, "batch": 4, "rect": True}) == expected
+    assert given_options(TrainConfig, ["--img-size", "8", "--batch", "4", "--rect"]) == expected
 
 
 def test_save_interval_units():

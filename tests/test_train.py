@@ -74,6 +74,12 @@ def test_finished_runs_and_changed_options_are_refused_at_resume(whole):
     last = str(whole.folder / "weights" / "last.pt")
     with pytest.raises(UserError, match="batch-size 4 differs"):
         train.run(resume=last, batch_size=4)
+    with pytest.raises(UserError, match="batch-size 99 differs"):
+        train.run(resume=last, batch=99)
+    with pytest.raises(UserError, match="imgsz 128 differs"):
+        train.run(resume=last, img=128)
+    with pytest.raises(UserError, match="no weights/last.pt below"):
+        train.run(resume=True, project=str(whole.folder / "none"))
     with pytest.raises(UserError, match="larger number"):
         train.run(resume=last, epochs=1)
     with pytest.raises(UserError, match="cannot be resumed"):

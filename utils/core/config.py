@@ -105,20 +105,31 @@ def parse_config(
     return cls(**vars(values))
 
 
-def config_from_kwargs(cls: type[T], **kwargs: Any) -> T:
-    """Build a `cls` from keywords as `run(**kw)` takes them; aliases and dashes are accepted, unknown names refused."""
+def find_option(cls: type, name: str) -> dataclasses.Field:
+    """The field of `cls` that a keyword means: its name or an alias, with dashes or underscores."""
     names = {}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        for name in (field.name, *field.metadata["aliases"]):
-            names[name.replace("-", "_")] = field
+    for field in dataclasses.fields(cls):
+        for own in (field.name, *field.metadata["aliases"]):
+            names[own.replace("-", "_")] = field
+    field = names.get(name.replace("-", "_"))
+    if field is None:
+        raise UserError(f"unknown option '{name}'{nearest(name, names)}")
+    return field
+
+
+def config_from_kwargs(cls: type[T], **kwargs: Any) -> T:
+    """Build a `cls` from keywords as `run(**kw)` takes them; aliases and dashes are accepted, unknown names refused.
+
+    An option whose value may be left out on the command line takes True for that, and False for its default.
+    """
     values: dict[str, Any] = {}
     for key, value in kwargs.items():
-        field = names.get(key.replace("-", "_"))
-        if field is None:
-            raise UserError(f"unknown option '{key}'{nearest(key, names)}")
+        field = find_option(cls, key)
+        if field.metadata["nargs"] == "?" and isinstance(value, bool):
+            value = field.metadata["const"] if value else _default(field)
         choices = field.metadata["choices"]
         picked = value if isinstance(value, (list, tuple)) else [value]
-        if choices is not None and value is not None and not set(picked) <= set(choices):
+        if choices is not None and value not in (None, _default(field)) and not set(picked) <= set(choices):
             raise UserError(f"option '{key}' is {value!r}; expected one of {', '.join(map(str, choices))}")
         if isinstance(value, Path):
             value = str(value)
@@ -126,6 +137,17 @@ def config_from_kwargs(cls: type[T], **kwargs: Any) -> T:
             value = [value]
         values[field.name] = value
     return cls(**values)
+
+
+def given_options(cls: type, given: Sequence[str] | Mapping[str, Any]) -> set[str]:
+    """Names of the fields of `cls` that stand in `given`: a command line, or the keywords of `run`."""
+    if isinstance(given, Mapping):
+        return {find_option(cls, key).name for key in given}
+    parser = build_parser(cls, "")
+    for action in parser._actions:
+        action.default = None
+    values, _ = parser.parse_known_args(list(given))
+    return {name for name, value in vars(values).items() if value is not None}
 
 
 def config_dict(config: Any) -> dict[str, Any]:
