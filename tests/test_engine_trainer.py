@@ -1,6 +1,7 @@
 """The training loop: exact resume from any step, bad steps, early stop, schedules, shares of a batch."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from utils.core.errors import UserError
 from utils.core.hyp import Hyp
 from utils.engine.autobatch import fit_batch_size
 from utils.engine.optim import Schedule
-from utils.engine.sinks import CsvSink
+from utils.engine.sinks import CsvSink, open_sinks
 
 
 def equal(a, b):
@@ -120,6 +121,16 @@ def test_results_are_cut_back_to_the_checkpoint(tmp_path):
     again = CsvSink(tmp_path / "results.csv", ["a", "b"], finished_epochs=2)
     again.write(2, {"a": 20})
     assert (tmp_path / "results.csv").read_text().splitlines() == ["epoch,a,b", "0,0,0.5", "1,1,0.5", "2,20,"]
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_logger_that_is_not_installed_is_left_out_with_a_warning(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    sinks = open_sinks(tmp_path, ["a"], 0, [name], {})
+    sinks.write(0, {"a": 1.0})
+    sinks.close()
+    assert f"pip install {name}" in "".join(capsys.readouterr())
+    assert (tmp_path / "results.csv").read_text() == "epoch,a\n0,1\n"
 
 
 def test_another_training_set_is_refused_at_resume(tmp_path):

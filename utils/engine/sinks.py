@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from utils.core.errors import UserError
 from utils.core.files import atomic_write
 from utils.core.log import LOGGER
 
@@ -153,8 +152,8 @@ def open_sinks(
     for name in loggers:
         try:
             sinks.append(OPTIONAL[name](folder, config))
-        except ImportError:
-            raise UserError(f"--loggers {name}: the package is not installed; `pip install {name}`") from None
-        except _foreign_errors() as error:  # no network, no login
+        except ModuleNotFoundError as error:
+            LOGGER.warning(f"--loggers {name} is left out: {error}; `pip install {name}` adds it")
+        except (ImportError, *_foreign_errors()) as error:  # a broken package, no network, no login
             LOGGER.warning(f"--loggers {name} could not start and is left out: {type(error).__name__}: {error}")
     return Sinks(sinks)
