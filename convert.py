@@ -67,6 +67,11 @@ def convert(config: ConvertConfig) -> ConvertReport:
         if target.task != loaded.model.task:
             raise UserError(f"--cfg {config.cfg} is for task {target.task}, --weights for task {loaded.model.task}")
         started = initialise(target.eval(), loaded)
+        if not started.transfer.fits:
+            raise UserError(
+                f"--weights {config.weights} cannot become --cfg {config.cfg}: {started.transfer}; expected the same "
+                "architecture or one that it converts to; to start a training from what fits, give both to train.py"
+            )
         loaded, lines, exact = LoadedModel(target, loaded.names, loaded.meta), started.lines, started.exact
     for line in lines:
         LOGGER.info(line)

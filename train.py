@@ -17,6 +17,7 @@ from utils.core.checkpoint import load_checkpoint
 from utils.core.config import config_dict, config_from_kwargs, given_options, parse_config, run_cli
 from utils.core.device import check_gpus, describe, parse_device
 from utils.core.dist import Dist, launched, relaunch
+from utils.core.errors import UserError
 from utils.core.hyp import Hyp, load_hyp
 from utils.core.log import LOGGER, quiet
 from utils.core.yamls import dump_yaml
@@ -62,6 +63,11 @@ def make_model(config: TrainConfig, spec: DataSpec, hyp: Hyp) -> Network:
     anchors = round(hyp.anchors) if hyp.anchors else None
     model = build_model(source, nc=nc, anchors=anchors)
     if loaded is not None:
+        if model.task != loaded.model.task:
+            raise UserError(
+                f"--cfg {config.cfg} is for task {model.task}, --weights {config.weights} for {loaded.model.task}; "
+                "give a --cfg and --weights of one task"
+            )
         for line in initialise(model, loaded):
             LOGGER.info(line)
     return model
@@ -72,6 +78,11 @@ def freeze(model: Network, layers: Sequence[int]) -> None:
     for layer in layers:
         for parameter in model.model[layer].parameters() if layer < len(model.model) else ():
             parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            f"--freeze leaves nothing to train: the model has the layers 0 to {len(model.model) - 1}, the last of which "
+            "is its head; freeze fewer"
+        )
 
 
 def frozen_layers(freeze: Sequence[int]) -> list[int]:

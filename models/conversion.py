@@ -78,7 +78,7 @@ def convert_to_spd(state: Mapping[str, Tensor], src_cfg: dict[str, Any], dst_mod
 
 
 def _is_whole(result: Transfer) -> bool:
-    return not (result.partial or result.mismatched or result.missing or result.unused)
+    return result.fits and not result.partial
 
 
 def _named(result: Transfer) -> list[str]:

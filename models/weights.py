@@ -120,6 +120,11 @@ class Transfer:
     missing: tuple[str, ...]
     unused: tuple[str, ...]
 
+    @property
+    def fits(self) -> bool:
+        """Whether every tensor had its counterpart; the heads may differ in their classes."""
+        return not (self.mismatched or self.missing or self.unused)
+
     def __str__(self) -> str:
         total = len(self.loaded) + len(self.partial) + len(self.mismatched) + len(self.missing)
         text = f"transferred {len(self.loaded)} of {total} tensors"

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import convert
 from models import build_model, find_cfg
 from models.conversion import Initialization, convert_to_spd, initialise
 from models.merge import output_moments
-from models.weights import LoadedModel, load_model
+from models.weights import LoadedModel, load_model, pack_model
 from models.yolo import DetectionModel
+from utils.core.checkpoint import save_checkpoint
+from utils.core.errors import UserError
 from utils.core.yamls import load_yaml
 
 
@@ -171,6 +174,18 @@ def test_official_weights_convert_exactly(shared_data: Path) -> None:
     x = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
     with torch.no_grad():
         assert (loaded.model.predict(x) - target.predict(x)).abs().max() < 2e-3
+
+
+def test_convert_writes_whole_networks_only(tmp_path: Path) -> None:
+    """A conversion and a copy are written; an architecture of which most would stay random is refused in one line."""
+    weights = tmp_path / "n.pt"
+    save_checkpoint(weights, pack_model(build_model("yolov5n", nc=2), ["a", "b"], 640))
+    for cfg in ("yolov5n", "yolov5-spdconv-n"):
+        assert convert.run(weights=weights, cfg=cfg, output=tmp_path / f"{cfg}.pt").path.is_file()
+    for cfg in ("yolov5-spd-s", "yolov5s"):
+        with pytest.raises(UserError, match=r"transferred \d+ of 348 tensors") as error:
+            convert.run(weights=weights, cfg=cfg, output=tmp_path / "no.pt")
+        assert "\n" not in str(error.value) and not (tmp_path / "no.pt").exists()
 
 
 def test_conversion_leaves_the_source_alone() -> None:

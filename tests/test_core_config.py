@@ -51,6 +51,11 @@ def test_retired_flags_name_their_replacement_in_one_line(flag):
         (["--cos-lr", "--linear-lr"], "exclude"),
         (["--batch-size", "0"], "expected 1 or more"),
         (["--save-every", "soon"], "expected 10m"),
+        (["--save-every", "5ms"], "expected 10m"),
+        (["--save-every=-5"], "expected 10m"),
+        (["--save-every=-1m"], "expected 10m"),
+        (["--save-every", "0.5"], "whole number of steps"),
+        (["--freeze", "-1"], "expected numbers of 0 or more"),
     ],
 )
 def test_bad_flags_are_one_line(argv, part):
@@ -81,8 +86,8 @@ def test_given_options_are_fields_whatever_their_spelling():
 
 
 def test_save_interval_units():
-    assert [parse("--save-every", t).save_interval() for t in ("10m", "30s", "500", "0")] == [
-        (600.0, 0), (30.0, 0), (0.0, 500), (0.0, 0),
+    assert [parse("--save-every", t).save_interval() for t in ("10m", "1.5S", "500", "0")] == [
+        (600.0, 0), (1.5, 0), (0.0, 500), (0.0, 0),
     ]  # fmt: skip
 
 

@@ -16,7 +16,9 @@ import pytest
 import torch
 
 import train
-from utils.core.checkpoint import load_checkpoint
+from models import build_model
+from models.weights import pack_model
+from utils.core.checkpoint import load_checkpoint, save_checkpoint
 from utils.core.errors import UserError
 from utils.data.scenes import write_dataset
 
@@ -398,6 +400,20 @@ def test_bad_input_is_one_line_before_the_first_step(tmp_path, labels, names, ch
     with pytest.raises(UserError, match=part) as error:
         train.run(**{**SMALL, **changes}, data=spec, project=tmp_path / "runs")
     assert "\n" not in str(error.value)
+
+
+def test_what_cannot_train_is_refused_before_a_run_folder_exists(tmp_path):
+    """A classifier's weights for a detector, and a network whose every layer is frozen."""
+    spec = data_set(tmp_path / "data", pictures(2), {"0": "0 .5 .5 .2 .2\n"}, ("a",))
+    classifier = tmp_path / "c.pt"
+    save_checkpoint(classifier, pack_model(build_model("resnet18", nc=1), ["a"], 64))
+    for changes, part in (
+        ({"weights": classifier}, "yolov5n is for task detect, .*c.pt for classify"),
+        ({"freeze": 30}, "nothing to train: the model has the layers 0 to 24"),
+    ):
+        with pytest.raises(UserError, match=part) as error:
+            train.run(**{**SMALL, **changes}, data=spec, project=tmp_path / "runs")
+        assert "\n" not in str(error.value) and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

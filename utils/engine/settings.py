@@ -1,5 +1,6 @@
 """What `train.py` can be told: one frozen config, from which flags, help and `train.run(**kw)` are made."""
 
+import re
 from dataclasses import dataclass
 
 from utils.core.config import option
@@ -92,6 +93,8 @@ class TrainConfig:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}; expected {low} or more")
         if self.batch_size < 1 and self.batch_size != -1:
             raise UserError(f"--batch-size {self.batch_size}; expected 1 or more, or -1 to measure what fits")
+        if min(self.freeze, default=0) < 0:
+            raise UserError(f"--freeze {' '.join(map(str, self.freeze))}; expected numbers of 0 or more")
         if self.cos_lr and self.linear_lr:
             raise UserError("--cos-lr and --linear-lr exclude each other")
         if self.resume is None and not (self.weights or self.cfg):
@@ -100,14 +103,11 @@ class TrainConfig:
 
     def save_interval(self) -> tuple[float, int]:
         """`save_every` as (seconds, steps); zero means not by that measure."""
-        text = self.save_every.strip().lower()
-        try:
-            number = float(text.rstrip("sm"))
-        except ValueError:
-            raise UserError(f"--save-every {self.save_every!r}; expected 10m, 30s or a number of steps") from None
-        if text.endswith("m"):
-            return number * 60, 0
-        return (number, 0) if text.endswith("s") else (0.0, int(number))
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([ms])|(\d+)", str(self.save_every).strip().lower())
+        if match is None:
+            raise UserError(f"--save-every {self.save_every}; expected 10m, 30s or a whole number of steps, 0 or more")
+        number, unit, steps = match.groups()
+        return (0.0, int(steps)) if steps else (float(number) * (60 if unit == "m" else 1), 0)
 
     @property
     def cosine(self) -> bool:
