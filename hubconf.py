@@ -4,8 +4,8 @@
     results = model(["street.jpg", array])
     results.print(); results.save(); results.pandas().xyxy[0]
 
-`yolov5n(...)`, `yolov5_spd_n(...)`, `yolov5_spdconv_n(...)` and so on build a network by name. No weights are shipped:
-those networks start from random numbers and are there to be trained or measured.
+`yolov5n(...)`, `yolov5n6(...)`, `yolov5_spd_n(...)`, `yolov5_spdconv_n(...)` and so on build a network by name. No
+weights are shipped: those networks start from random numbers and are there to be trained or measured.
 """
 
 import os
@@ -169,11 +169,12 @@ def _named(cfg: str) -> Callable[..., Any]:
         return Model(PyTorchPredictor(network, names, device=select_device(device or "")))
 
     build.__name__ = build.__qualname__ = cfg.replace("-", "_")
-    build.__doc__ = f"The network of models/{cfg}.yaml, random weights: a `Model`, or without `autoshape` the module."
+    build.__doc__ = f"The network of {cfg}.yaml, random weights: a `Model`, or without `autoshape` the module."
     return build
 
 
 yolov5n, yolov5s, yolov5m, yolov5l, yolov5x = (_named(f"yolov5{size}") for size in "nsmlx")
+yolov5n6, yolov5s6, yolov5m6, yolov5l6, yolov5x6 = (_named(f"yolov5{size}6") for size in "nsmlx")
 yolov5_spd_n, yolov5_spd_s, yolov5_spd_m, yolov5_spd_l, yolov5_spd_x = (
     _named(f"yolov5-spd-{size}") for size in "nsmlx"
 )

@@ -192,10 +192,11 @@ def test_networks_by_name_say_that_no_weights_are_shipped(capsys):
         hubconf.yolov5n(pretrained=True)
     module = hubconf.yolov5n(classes=2, autoshape=False, _verbose=False, device="cpu")
     assert isinstance(module, torch.nn.Module) and module.nc == 2
+    assert hubconf.yolov5n6(autoshape=False, device="cpu").strides == [8, 16, 32, 64]
 
 
 def test_torch_hub_finds_the_entry_points(root):
-    for name in ("load", "custom", "yolov5n", "yolov5x", "yolov5_spd_n", "yolov5_spd_x", "yolov5_spdconv_l"):
+    for name in ("load", "custom", "yolov5n", "yolov5x", "yolov5x6", "yolov5_spd_x", "yolov5_spdconv_l"):
         assert callable(getattr(hubconf, name))
     assert len(torch.hub.load(str(root), "yolov5n", source="local", classes=2, device="cpu").names) == 2
     with pytest.raises(UserError, match="no such file|not found"):
