@@ -80,8 +80,8 @@ def freeze(model: Network, layers: Sequence[int]) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
-            f"--freeze leaves nothing to train: the model has the layers 0 to {len(model.model) - 1}, the last of which "
-            "is its head; freeze fewer"
+            f"--freeze leaves nothing to train: the model has the layers 0 to {len(model.model) - 1}, its head last; "
+            "freeze fewer"
         )
 
 

@@ -8,21 +8,23 @@ import csv
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.core.config import config_dict, config_from_kwargs, option, parse_config, run_cli
+from utils.core.config import config_dict, config_from_kwargs, find_option, given_options, option, parse_config, run_cli
 from utils.core.errors import UserError
 from utils.core.files import atomic_write
 from utils.core.log import LOGGER
 from utils.core.yamls import dump_yaml, load_yaml
 from utils.engine.search import Range, TrainingRun, load_space, plot_parallel
+from utils.engine.settings import TrainConfig
 
 HERE = Path(__file__).resolve().parent
 SAMPLERS = ("tpe", "random-grid")
 LARGEST_GRID = 4096  # above this, grid points are drawn at random instead of being listed and dealt out
+SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}  # values of a switch
 PER_PROCESS = ("trials", "device", "workers", "project", "name")  # what a process that joins a study may set
 
 
@@ -54,8 +56,20 @@ class TuneConfig:
         if self.trials < 1 or self.epochs < 1 or self.prune_after < 1:
             raise UserError("--trials, --epochs and --prune-after must be 1 or more")
         for pair in self.train_args:
-            if "=" not in pair:
-                raise UserError(f"--train-args {pair}; expected key=value, e.g. optimizer=AdamW")
+            train_flags(pair)
+
+
+def train_flags(pair: str) -> list[str]:
+    """key=value as arguments of train.py; a switch is its flag or nothing."""
+    key, equals, value = pair.partition("=")
+    if not equals:
+        raise UserError(f"--train-args {pair}; expected key=value, e.g. optimizer=AdamW")
+    flag = f"--{find_option(TrainConfig, key).name.replace('_', '-')}"
+    if find_option(TrainConfig, key).default is not False:  # every switch of train.py is off by default
+        return [flag, value]
+    if value.lower() not in SWITCH:
+        raise UserError(f"--train-args {pair}; {flag} is a switch, expected {key}=true or {key}=false")
+    return [flag] if SWITCH[value.lower()] else []
 
 
 @dataclass(frozen=True)
@@ -133,8 +147,7 @@ def train_command(config: TuneConfig, folder: Path, values: dict[str, float]) ->
     for key, value in options.items():
         command += [f"--{key}", str(value)] if str(value) else []
     for pair in config.train_args:
-        key, _, value = pair.partition("=")
-        command += [f"--{key}", value]
+        command += train_flags(pair)
     return [*command, "--hyp", *config.hyp, *(f"{name}={value:.6g}" for name, value in values.items())]
 
 
@@ -162,14 +175,25 @@ def run_trial(config: TuneConfig, folder: Path, space: dict[str, Range], trial: 
     return best
 
 
-def join(config: TuneConfig) -> tuple[TuneConfig, Path]:
-    """The study's folder and its settings: written by the first process, read by those that join or continue."""
+def join(config: TuneConfig, given: Set[str]) -> tuple[TuneConfig, Path]:
+    """The study's folder and its settings: written by the first process, read by those that join or continue.
+
+    An option that is `given` and differs from the study's is refused.
+    """
     folder = Path(config.project) / config.name
     folder.mkdir(parents=True, exist_ok=True)
     settings = folder / "study.yaml"
     if settings.is_file():
-        own = {name: value for name, value in config_dict(config).items() if name in PER_PROCESS}
-        return config_from_kwargs(TuneConfig, **{**load_yaml(settings), **own}), folder
+        stored, asked = load_yaml(settings), config_dict(config)
+        fixed = [name for name in asked if name in given and name not in PER_PROCESS]
+        other = [name for name in fixed if asked[name] != stored.get(name)]
+        if other:
+            told = ", ".join(f"--{name.replace('_', '-')} {asked[name]} (there {stored.get(name)})" for name in other)
+            raise UserError(
+                f"{told} differs from the study in {settings}; leave it out to continue that study, or start another "
+                "one with --name"
+            )
+        return config_from_kwargs(TuneConfig, **{**stored, **{name: asked[name] for name in PER_PROCESS}}), folder
     if not (config.cfg or config.weights):
         raise UserError("nothing to train: give --cfg models/yolov5-spd-n.yaml, or --weights, or both")
     dump_yaml(settings, config_dict(config))
@@ -181,9 +205,9 @@ def find(name: str) -> Path:
     return Path(name) if Path(name).is_file() else HERE / name
 
 
-def tune(config: TuneConfig) -> TuneReport:
-    """Run trials until the study has as many as asked for, then write what was found."""
-    config, folder = join(config)
+def tune(config: TuneConfig, given: Set[str]) -> TuneReport:
+    """Run trials until the study has as many as asked for, then write what was found; `given`: see `join`."""
+    config, folder = join(config, given)
     space = load_space(find(config.space))
     study = open_study(config, folder, space)
     import optuna
@@ -234,12 +258,13 @@ def write_results(config: TuneConfig, folder: Path, trials: Sequence[Any], names
 
 def run(**kwargs: Any) -> TuneReport:
     """Search from Python: the keywords are the flags, `tune.run(cfg="models/yolov5-spd-n.yaml", trials=10)`."""
-    return tune(config_from_kwargs(TuneConfig, **kwargs))
+    return tune(config_from_kwargs(TuneConfig, **kwargs), given_options(TuneConfig, kwargs))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    tune(parse_config(TuneConfig, argv, "tune.py", __doc__ or ""))
+    argv = list(sys.argv[1:] if argv is None else argv)
+    tune(parse_config(TuneConfig, argv, "tune.py", __doc__ or ""), given_options(TuneConfig, argv))
     return 0
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 import tune
+from utils.core.config import parse_config
 from utils.core.errors import UserError
 from utils.core.hyp import load_hyp
 from utils.core.yamls import load_yaml
 from utils.engine.search import AP, AP50, Range, epoch_values, load_space, plot_parallel
+from utils.engine.settings import TrainConfig
 
 # Trains nothing: AP rises with the epoch and peaks at lr0 = 0.02; writes what train.py writes. lr0 > 0.09 fails.
 FAKE = """
@@ -126,6 +128,28 @@ def test_failing_trials_are_told_and_end_the_search(fake: Path) -> None:
     (fake / "space.yaml").write_text("lr0: [0.0901, 0.0902, 0.0903, 0.0904]\n")
     with pytest.raises(UserError, match="three trials in a row failed, the last with 'error: diverged'"):
         tune.run(**options(fake, sampler="random-grid", trials=4))
+
+
+def test_options_that_differ_from_the_study_are_refused(fake: Path) -> None:
+    """A second start may repeat the study's options or leave them out; others are named with the study's values."""
+    settings = options(fake, sampler="random-grid", trials=1, prune=False)
+    tune.run(**settings)
+    assert tune.run(**settings, workers=1).trials == 1
+    with pytest.raises(UserError, match=r"--epochs 5 \(there 4\), --imgsz 32 \(there 640\) differs") as error:
+        tune.run(**{**settings, "epochs": 5}, img=32)
+    assert "study.yaml" in str(error.value) and "--name" in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UserError, match="--metric AP_S"):
+        tune.main(["--project", str(fake / "tune"), "--metric", "AP_S"])
+
+
+def test_train_args_of_switches_are_flags_or_nothing() -> None:
+    config = tune.TuneConfig(cfg="x.yaml", train_args=["rect=True", "cos_lr=false", "optimizer=Adam", "policy=error"])
+    command = tune.train_command(config, Path("runs/trial0"), {"lr0": 0.1})
+    parsed = parse_config(TrainConfig, command[2:], "train.py")
+    assert (parsed.rect, parsed.cos_lr, parsed.optimizer, parsed.label_policy) == (True, False, "Adam", "error")
+    for pair, told in (("rect=maybe", "rect=true or rect=false"), ("rect", "key=value"), ("recd=1", "did you mean")):
+        with pytest.raises(UserError, match=told):
+            tune.TuneConfig(cfg="x.yaml", train_args=[pair])
 
 
 def test_nothing_to_train_is_told(tmp_path: Path) -> None:
