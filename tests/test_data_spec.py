@@ -143,3 +143,14 @@ def test_shared_yamls_load(shared_data):
         spec = load_data(shared_data / name / f"{name}.yaml")
         assert spec.nc == classes and spec.require("train") and spec.require("val")
     assert load_data(shared_data / "tiny-imagenet-20").nc == 20
+
+
+def test_names_in_data_are_found_from_anywhere(tmp_path, root, monkeypatch):
+    """A name or a path of the project's data/, unless the file exists here; a name of neither is told."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("coco.yaml", "data/coco.yaml"):
+        assert load_data(name).yaml == root / "data" / "coco.yaml"
+    (tmp_path / "coco.yaml").write_text("train: images\nnames: [own]\n")
+    assert load_data("coco.yaml").names == ("own",)
+    with pytest.raises(UserError, match="'cocoa.yaml' not found"):
+        load_data("cocoa.yaml")

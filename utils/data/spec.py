@@ -15,6 +15,7 @@ from utils.core.files import nearest
 from utils.core.log import LOGGER
 from utils.core.yamls import load_yaml
 
+HOME = Path(__file__).resolve().parent.parent.parent
 SPLITS = ("train", "val", "test")
 FORMATS = ("yolo", "coco", "voc", "folder")
 KEYS = ("path", *SPLITS, "names", "nc", "annotations", "format", "channels", "download")
@@ -65,9 +66,15 @@ class DataSpec:
         return f"paths are relative to 'path:' ({self.root}); correct the YAML or put the data there"
 
 
+def find_data(path: str | Path) -> Path:
+    """What a user means: a data YAML or folder that exists, else a YAML of the project (`coco.yaml`)."""
+    places = () if Path(path).exists() else (HOME / path, HOME / "data" / path)
+    return next((place for place in places if place.is_file()), Path(path))
+
+
 def load_data(path: str | Path) -> DataSpec:
-    """Read a data YAML (or a folder of class folders, for classification) into a DataSpec."""
-    path = Path(path)
+    """Read a data YAML (or a folder of class folders, for classification) into a DataSpec; see `find_data`."""
+    path = find_data(path)
     if path.is_dir():
         return _load_folder(path)
     data = load_yaml(path)
