@@ -73,7 +73,7 @@ def test_a_bad_step_is_skipped_told_and_leaves_no_trace(tmp_path, capsys):
     assert all(torch.isfinite(v).all() for v in weights(made).values())
     out = capsys.readouterr().out
     assert "not finite in box, cls" in out
-    assert "images [8, 9, 10, 11]" in out
+    assert "images 8.jpg, 9.jpg, 10.jpg, 11.jpg" in out
 
 
 def test_a_bad_first_step_is_harmless(tmp_path):

@@ -66,6 +66,9 @@ class ToyTask:
     def loader(self, epoch_weights):
         return ToyLoader(self.batch_size, self.dist, self.poison)
 
+    def file(self, sample):
+        return f"{sample}.jpg"
+
     def images(self, batch, device, epoch, step):
         if self.stop_at == (epoch, step):
             self.trainer.stop_signal = 15

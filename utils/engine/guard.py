@@ -1,7 +1,7 @@
 """Guard against steps that are not finite: decided and counted on the device, told to the host with the log line."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,8 +19,16 @@ class Guard:
     gradients under a finite loss is the scaler's business and does not count.
     """
 
-    def __init__(self, statistics: FlatStatistics, loss_names: Sequence[str], dist: Dist, limit: int) -> None:
+    def __init__(
+        self,
+        statistics: FlatStatistics,
+        loss_names: Sequence[str],
+        dist: Dist,
+        limit: int,
+        file: Callable[[int], str],
+    ) -> None:
         self.statistics, self.names, self.dist, self.limit = statistics, list(loss_names), dist, limit
+        self.file = file  # of a sample's number
         self.counts = torch.zeros(3 + len(loss_names), device=dist.device)  # in a row, untold, last step, by loss part
         self.loss_bad = torch.zeros((), dtype=torch.bool, device=dist.device)
         self.before = statistics.flat.clone()
@@ -55,7 +63,7 @@ class Guard:
         in_a_row, untold, step, *parts = self.counts.tolist()
         if not untold:
             return
-        images = next((found for number, found in self.recent if number == int(step)), [])
+        images = [self.file(i) for i in next((found for number, found in self.recent if number == int(step)), [])]
         shares = self.dist.gather((parts, int(step), images))
         if shares is not None:
             guilty = [share for share in shares if any(share[0])] or shares
@@ -63,7 +71,7 @@ class Guard:
             found = [image for share in guilty for image in share[2]]
             LOGGER.warning(
                 f"{int(untold)} step(s) skipped, the last one step {guilty[-1][1]}: not finite in {', '.join(named)} "
-                f"(images {found[:16]}); {int(in_a_row)} in a row"
+                f"(images {', '.join(found[:16])}); {int(in_a_row)} in a row"
             )
         self.counts[1] = 0
         self.counts[3:] = 0

@@ -104,7 +104,7 @@ class Trainer:
         self.progress = Progress()
         self.class_weights: list[float] | None = None
         self.sums = torch.zeros(len(task.loss_names), dtype=torch.float64, device=self.device)
-        self.guard = Guard(self.statistics, task.loss_names, dist, config.max_bad_steps)
+        self.guard = Guard(self.statistics, task.loss_names, dist, config.max_bad_steps, task.file)
         self.pending = 0  # batches since the last optimizer step; 0 at every checkpoint
         self.stop_signal = 0
         self.saved_at = time.monotonic()

@@ -62,6 +62,10 @@ class Task(Protocol):
 
     def loader(self, epoch_weights: Sequence[float] | None) -> Loader: ...
 
+    def file(self, sample: int) -> str:
+        """Name of the file that a training sample comes from."""
+        ...
+
     def images(self, batch: Any, device: torch.device, epoch: int, step: int) -> Tensor:
         """The network's input for a batch, on the device."""
         ...

@@ -110,6 +110,9 @@ class ClassifyTask:
         """Batches of an optimizer step: an optimizer step takes the mean over the nominal batch."""
         return max(round(self.hyp.nominal_batch / self.config.batch_size), 1)
 
+    def file(self, sample: int) -> str:
+        return self.train_index.title(sample)
+
     # ---------------------------------------------------------------- evaluation
 
     def evaluate(self, model: Network, dist: Dist, *, folder: Path | None = None) -> Evaluation:

@@ -102,6 +102,9 @@ class DetectTask:
             rank=self.dist.rank, world_size=self.dist.world_size, weights=weights, shuffle=not self.config.rect,
         )  # fmt: skip
 
+    def file(self, sample: int) -> str:
+        return self.train_index.file(int(self.dataset.unit_image[sample])).name
+
     def _sample_weights(self, class_weights: np.ndarray) -> np.ndarray:
         """The sum over the objects of each image, or with --slice of each tile."""
         if self.config.slice:
