@@ -1,5 +1,7 @@
 """One declaration per option: flags, prefixes, aliases, keywords, retired flags, hyper-parameters."""
 
+from pathlib import Path
+
 import pytest
 
 from utils.core.config import config_from_kwargs, given_options, parse_config
@@ -69,6 +71,11 @@ def test_keywords_mirror_flags_and_aliases():
     assert (config.imgsz, config.batch_size) == (128, 4)
     with pytest.raises(UserError, match="did you mean 'epochs'"):
         config_from_kwargs(TrainConfig, cfg="x.yaml", epoch=3)
+
+
+def test_paths_in_keywords_become_text():
+    config = config_from_kwargs(TrainConfig, cfg=Path("x.yaml"), hyp=[Path("a.yaml"), "lr0=0.1"])
+    assert (config.cfg, config.hyp) == ("x.yaml", ["a.yaml", "lr0=0.1"])
 
 
 def test_options_without_a_value_are_true_in_keywords():

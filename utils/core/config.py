@@ -131,7 +131,9 @@ def config_from_kwargs(cls: type[T], **kwargs: Any) -> T:
         picked = value if isinstance(value, (list, tuple)) else [value]
         if choices is not None and value not in (None, _default(field)) and not set(picked) <= set(choices):
             raise UserError(f"option '{key}' is {value!r}; expected one of {', '.join(map(str, choices))}")
-        if isinstance(value, Path):
+        if isinstance(value, (list, tuple)):
+            value = [str(v) if isinstance(v, Path) else v for v in value]
+        elif isinstance(value, Path):
             value = str(value)
         if field.metadata["nargs"] in ("+", "*") and value is not None and not isinstance(value, (list, tuple)):
             value = [value]
