@@ -99,18 +99,6 @@ class Sides:
     max_det: int | None = None  # most detections per image; None where they come from files
 
 
-def metric_settings(cfg: CompareConfig) -> MetricSettings:
-    """How the numbers are computed."""
-    chosen: dict[str, Any] = {"iou_thrs": tuple(cfg.iou_thrs)} if cfg.iou_thrs else {}
-    return MetricSettings(
-        max_dets=tuple(cfg.max_dets),
-        area_bins=tuple(cfg.area_bins),
-        area_from=cfg.area_from,
-        area_pixels=cfg.area_pixels,
-        **chosen,
-    )
-
-
 def from_files(cfg: CompareConfig) -> Sides:
     """Both sides from result files."""
     if not cfg.annotations:
@@ -133,7 +121,7 @@ def from_models(cfg: CompareConfig) -> Sides:
         raise UserError(
             f"{spec.yaml}: the {len(index)} images of '{cfg.task}:' have no labels; there is nothing to compare by"
         )
-    metrics = metric_settings(cfg)
+    metrics = MetricSettings.from_options(cfg)
     settings = ValSettings(max_det=detection_limit(cfg.max_det, metrics), metrics=metrics)
     found, truths = [], []
     for path, label in zip(cfg.weights, labels_of(cfg), strict=True):
@@ -176,7 +164,7 @@ def compare(cfg: CompareConfig) -> CompareReport:
     files = cfg.predictions or cfg.weights
     if len(files) != 2:
         raise UserError(f"{len(files)} files given; expected two with --weights A B (or --predictions A B)")
-    names, settings = labels_of(cfg), metric_settings(cfg)
+    names, settings = labels_of(cfg), MetricSettings.from_options(cfg)
     if not cfg.predictions and load_predictor(files[0], imgsz=cfg.imgsz or None).task == "classify":
         return compare_classifiers(cfg)
     sides = from_files(cfg) if cfg.predictions else from_models(cfg)

@@ -98,21 +98,9 @@ class ValReport:
     result: EvalResult | None = None
 
 
-def metric_settings(cfg: ValConfig) -> MetricSettings:
-    """How the numbers are computed."""
-    chosen: dict[str, Any] = {"iou_thrs": tuple(cfg.iou_thrs)} if cfg.iou_thrs else {}
-    return MetricSettings(
-        max_dets=tuple(cfg.max_dets),
-        area_bins=tuple(cfg.area_bins),
-        area_from=cfg.area_from,
-        area_pixels=cfg.area_pixels,
-        **chosen,
-    )
-
-
 def val_settings(cfg: ValConfig) -> ValSettings:
     """What counts as a detection."""
-    metrics = metric_settings(cfg)
+    metrics = MetricSettings.from_options(cfg)
     return ValSettings(
         conf_thres=cfg.conf_thres,
         iou_thres=cfg.iou_thres,
@@ -128,7 +116,7 @@ def measure_predictions(cfg: ValConfig) -> ValReport:
     if not cfg.annotations:
         raise UserError("--predictions needs the ground truth: add --annotations INSTANCES.json")
     refuse_flags(cfg, "--predictions", ("weights", "save_json", "save_txt"))
-    settings = metric_settings(cfg)
+    settings = MetricSettings.from_options(cfg)
     truth = truth_from_coco(cfg.annotations, area_from=cfg.area_from, area_pixels=cfg.area_pixels)
     found = found_from_coco(cfg.predictions, truth)
     metrics, curves = coco_metrics(truth, found, settings)

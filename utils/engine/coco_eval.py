@@ -45,6 +45,21 @@ class Labels(Protocol):
     def __len__(self) -> int: ...
 
 
+class MetricOptions(Protocol):
+    """The options of a verb that say how the numbers are computed; no thresholds mean COCO's."""
+
+    @property
+    def iou_thrs(self) -> Sequence[float]: ...
+    @property
+    def max_dets(self) -> Sequence[int]: ...
+    @property
+    def area_bins(self) -> Sequence[float]: ...
+    @property
+    def area_from(self) -> str: ...
+    @property
+    def area_pixels(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class MetricSettings:
     """How the numbers are computed; stands beside them in metrics.json."""
@@ -76,6 +91,13 @@ class MetricSettings:
                 f"--area-from {self.area_from} --area-pixels {self.area_pixels}; "
                 "expected annotation or box, and source or network"
             )
+
+    @classmethod
+    def from_options(cls, options: MetricOptions) -> "MetricSettings":
+        """The settings that a verb's options ask for."""
+        thresholds = tuple(options.iou_thrs) or COCO_IOU_THRS
+        bins = tuple(options.area_bins)
+        return cls(thresholds, tuple(options.max_dets), bins, options.area_from, options.area_pixels)
 
     @property
     def pr_iou(self) -> float:
