@@ -80,7 +80,8 @@ def results_table(experiment: Experiment, rows: Sequence[Row]) -> str:
 
 
 def difference_table(experiment: Experiment, rows: Sequence[Row]) -> str:
-    """B minus A: the mean over seeds, and each seed's interval."""
+    """B minus A: the mean over seeds, and each seed's interval, in the order of the seeds."""
+    rows = sorted(rows, key=lambda row: int(row["seed"]))
     lines = []
     for a, b in experiment.pairs():
         for metric in ("AP", "AP50", "AP_S"):
