@@ -14,7 +14,7 @@ from utils.ops.nms import non_max_suppression
 
 CONFIDENT = 0.25
 NEAR_PX = 2.0
-LEAST_ROWS = 100  # the best rows of an image, which are compared where none is confident
+LEAST_ROWS = 100  # the best rows of an image that are compared even where nothing is confident
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def compare(reference: Predictor, candidate: Predictor, batches: Iterable[Tensor
             elif candidate.end2end:
                 total.add(compare_detections(expected[i], given[i].cpu(), _settings(candidate)))
             else:
-                total.add(compare_raw(expected[i], given[i].cpu()))
+                total.add(compare_raw(expected[i], given[i].cpu(), exact=candidate.metadata.precision == "fp32"))
     return total
 
 
@@ -112,13 +112,17 @@ def _worst(expected: Tensor, given: Tensor) -> float:
     return (expected - given).abs().max().item() if expected.numel() else 0.0
 
 
-def compare_raw(expected: Tensor, given: Tensor) -> Difference:
-    """Decoded predictions [N, 5 + nc] of one image: row against row, on PyTorch's confident rows, else its best."""
+def compare_raw(expected: Tensor, given: Tensor, *, exact: bool = True) -> Difference:
+    """Decoded predictions [N, 5 + nc] of one image: row against row, on PyTorch's confident and best rows.
+
+    Where not `exact` (16 and 8 bits), on its confident rows, and on the best ones only where none is.
+    """
     if expected.shape != given.shape or not given.isfinite().all():
         note = f"output has shape {list(given.shape)}, expected {list(expected.shape)}"
         return Difference(finite=False, notes=[note])
     conf = expected[:, 4] * expected[:, 5:].max(1).values
-    rows = conf.topk(int((conf >= CONFIDENT).sum()) or min(LEAST_ROWS, len(conf))).indices
+    sure, least = int((conf >= CONFIDENT).sum()), min(LEAST_ROWS, len(conf))
+    rows = conf.topk(max(sure, least) if exact else sure or least).indices
     px = (cxcywh_to_xyxy(expected[rows, :4]) - cxcywh_to_xyxy(given[rows, :4])).abs().max().item()
     own, other = (t[rows, 4:5] * t[rows, 5:] for t in (expected, given))
     detections = [non_max_suppression(t[None], conf_thres=CONFIDENT)[0] for t in (expected, given)]
