@@ -1,4 +1,4 @@
-"""Convert a data set to another label format: YOLO txt, COCO JSON and Pascal VOC XML in, YOLO txt or COCO JSON out.
+"""Convert a data set to another label format: YOLO txt, COCO JSON or Pascal VOC XML.
 
 python convert_data.py --data coco.yaml --to yolo --output datasets/coco-yolo
 """

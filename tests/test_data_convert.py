@@ -116,3 +116,39 @@ def test_nothing_is_overwritten_and_nothing_half_made_stays(source, tmp_path):
 def test_command_line(source, tmp_path, capsys):
     assert convert_data.main(["--data", str(source), "--to", "coco", "--output", str(tmp_path / "o")]) == 0
     assert "lost: nothing" in capsys.readouterr().out
+
+
+def test_voc_and_back_keeps_every_box_class_and_ignore_region(source, tmp_path):
+    """Fractions of pixels, an odd class name, pictures without boxes and ignore regions."""
+    image = tmp_path / "coco" / "a.png"
+    image.parent.mkdir()
+    Image.new("RGB", (40, 30)).save(image)
+    boxes = [[0, 0, 40, 30], [1.25, 2.5, 3.125, 0.75], [0.1, 0.2, 0.3, 0.4]]
+    rows = [
+        {"id": k, "image_id": 7, "category_id": 5, "bbox": box, "area": 1.0, "iscrowd": k % 2, "segmentation": []}
+        for k, box in enumerate(boxes)
+    ]
+    images = [{"id": 7, "file_name": "a.png", "width": 40, "height": 30}]
+    content = {"images": images, "annotations": rows, "categories": [{"id": 5, "name": "a<b> & öne"}]}
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    (tmp_path / "coco.yaml").write_text("train: coco\nannotations: {train: coco.json}\n")
+    for yaml, splits in ((source, ("train", "val")), (tmp_path / "coco.yaml", ("train",))):
+        there = tmp_path / f"voc-{yaml.stem}"
+        result = convert_data.run(data=yaml, to="voc", output=there)
+        for split in splits:
+            first, voc = index_of(yaml, split), index_of(there / "data.yaml", split)
+            assert (
+                voc.names == first.names and set(voc.report.counts) <= {"image-tiny"} and voc.report.without_file == 0
+            )
+            np.testing.assert_allclose(voc.boxes, first.boxes, atol=1e-5)
+            assert voc.cls.tolist() == first.cls.tolist() and voc.crowd.tolist() == first.crowd.tolist()
+            assert result[split].boxes == len(first.boxes) and result[split].images == len(first)
+    assert result["train"].lost == {"areas of their own": 3, "image ids": 1, "category ids": 1}
+
+
+def test_names_that_voc_cannot_hold(source, tmp_path):
+    for names, said in (("[a, a]", "twice"), ('["a\\tb", c]', "printable"), ("[' a', b]", "spaces")):
+        source.write_text(f"train: images/train\nval: images/val\nnames: {names}\n")
+        with pytest.raises(UserError, match=said):
+            convert_data.run(data=source, to="voc", output=tmp_path / "voc")
+    assert not (tmp_path / "voc").exists()

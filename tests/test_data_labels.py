@@ -111,7 +111,7 @@ def test_the_other_policies(policy, kept, action):
     labels, issues = settle(labels, HW, policy)
     problems, out = judge("x.txt", issues, policy)
     assert len(labels) == kept and out == (policy == "drop-image")
-    assert [(p.kind, p.file, p.line, p.action) for p in problems] == [("box-overhang", "x.txt", 1, action)]
+    assert [(p.kind, p.file, p.lines, p.action) for p in problems] == [("box-overhang", "x.txt", (1,), action)]
 
 
 def test_repeated_rows_are_counted_once_under_every_policy():
@@ -121,6 +121,9 @@ def test_repeated_rows_are_counted_once_under_every_policy():
         assert labels.lines.tolist() == [1, 3] and kinds(issues) == [("box-repeated", 2), ("box-repeated", 4)]
         problems, out = judge("x.txt", issues, policy)
         assert not out and problems[0].count == 2 and problems[0].action == "counted once"
+        assert problems[0].lines == (2, 4) and "x.txt:2 repeats the box at 1 (and 1 more in this file, line 4)" in str(
+            problems[0]
+        )
 
 
 def test_same_extents_but_another_polygon_is_no_repetition():

@@ -1,4 +1,4 @@
-"""Converters between label formats, by way of the index: whatever can be read can be written as YOLO txt or COCO JSON.
+"""Converters between label formats, by way of the index: whatever can be read can be written as any other.
 
 A converted data set is a new folder with `images/<split>/` (links or copies), the labels, and a `data.yaml`; the source
 is left alone. What the target format cannot hold is counted and returned.
@@ -18,8 +18,9 @@ from utils.core.errors import UserError
 from utils.core.yamls import dump_yaml
 from utils.data.index import LabelIndex, build_index
 from utils.data.spec import DataSpec
+from utils.data.voc import voc_xml
 
-TARGETS = ("yolo", "coco")
+TARGETS = ("yolo", "coco", "voc")
 IMAGES = ("link", "copy")
 
 
@@ -51,6 +52,8 @@ def convert(
 
     `polygons`: YOLO lines are polygons where there are any (their extents are the boxes then), instead of boxes.
     """
+    if to == "voc":
+        _check_voc_names(spec.names)
     output = Path(os.path.abspath(output))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists already; expected the name of a new folder, nothing is overwritten")
@@ -65,6 +68,9 @@ def convert(
             files = _place_images(index, made / "images" / split, to, images, result)
             if to == "yolo":
                 _write_yolo(index, files, made / "labels" / split, polygons, result)
+            elif to == "voc":
+                _write_voc(index, files, made / "annotations" / split, result)
+                data.setdefault("annotations", {})[split] = f"annotations/{split}"
             else:
                 _write_coco(index, files, made / "annotations" / f"{split}.json", spec.format, result)
                 data.setdefault("annotations", {})[split] = f"annotations/{split}.json"
@@ -85,7 +91,7 @@ def _place_images(index: LabelIndex, folder: Path, to: str, how: str, result: Co
     for source in sources:
         name = os.path.relpath(source, common)
         stem, suffix = os.path.splitext(name)
-        if to == "yolo" and stem in taken:  # a.jpg and a.png cannot share a.txt
+        if to != "coco" and stem in taken:  # a.jpg and a.png cannot share a.txt or a.xml
             number = 2
             while f"{stem}_{number}" in taken:
                 number += 1
@@ -104,7 +110,6 @@ def _place_images(index: LabelIndex, folder: Path, to: str, how: str, result: Co
 
 
 def _write_yolo(index: LabelIndex, files: list[str], folder: Path, polygons: bool, result: Converted) -> None:
-    widths = np.diff(index.boxes.reshape(-1, 2, 2), axis=1)[:, 0].astype(np.float64).prod(1)
     for i, name in enumerate(files):
         cls, boxes, crowd = index.labels(i)
         shapes = index.polygons(i)
@@ -123,10 +128,39 @@ def _write_yolo(index: LabelIndex, files: list[str], folder: Path, polygons: boo
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text("".join(lines))
     result.lose("crowd regions (or difficult objects)", int(index.crowd.sum()))
-    known = ~np.isclose(index.areas, widths, rtol=1e-4) & ~index.crowd
+    _lose_areas_and_ids(index, ~index.crowd, result)
+
+
+def _lose_areas_and_ids(index: LabelIndex, written: np.ndarray, result: Converted) -> None:
+    """Count what only COCO JSON holds; `written` [m]: the objects that were written at all."""
+    box_areas = np.diff(index.boxes.reshape(-1, 2, 2), axis=1)[:, 0].astype(np.float64).prod(1)
+    known = ~np.isclose(index.areas, box_areas, rtol=1e-4) & written
     result.lose("areas of their own", int(known.sum()))
     result.lose("image ids", int((index.image_ids != np.arange(len(index))).sum()))
     result.lose("category ids", int((index.category_ids != np.arange(index.nc)).sum()))
+
+
+def _write_voc(index: LabelIndex, files: list[str], folder: Path, result: Converted) -> None:
+    for i, name in enumerate(files):
+        cls, boxes, crowd = index.labels(i)
+        rows = zip(cls.tolist(), boxes.tolist(), crowd.tolist(), strict=True)
+        objects = [(str(index.names[c]), box, difficult) for c, box, difficult in rows]
+        height, width = index.shapes[i].tolist()
+        target = folder / (os.path.splitext(name)[0] + ".xml")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(voc_xml(os.path.basename(name), (height, width), objects))
+        result.boxes += len(objects)
+        result.lose("polygons", sum(len(polygon) > 0 for polygon in index.polygons(i)))
+    _lose_areas_and_ids(index, np.ones(len(index.crowd), bool), result)
+
+
+def _check_voc_names(names: Sequence[str]) -> None:
+    """UserError where XML cannot hold the class names, or objects could not be told apart by them."""
+    for name in names:
+        if not name.isprintable() or name != name.strip() or not name:
+            raise UserError(f"class name {name!r} cannot stand in VOC XML; expected printable text, no outer spaces")
+        if list(names).count(name) > 1:
+            raise UserError(f"class name {name!r} is given twice; VOC XML tells classes apart by name: rename one")
 
 
 def _write_coco(index: LabelIndex, files: list[str], path: Path, source: str, result: Converted) -> None:

@@ -27,7 +27,7 @@ from utils.data.problems import LEFT_OUT, USED, Problem, Report, refuse
 from utils.data.scan import SMALL, SMALL_TO_VERIFY, Header, Job, Packer, Scan, scan
 from utils.data.spec import DataSpec
 
-SCHEMA = 2  # to be raised whenever what is read or how it is packed changes
+SCHEMA = 3  # to be raised whenever what is read or how it is packed changes
 _LABEL_KINDS = ("label-", "box-", "coco-record", "coco-reference", "voc-")
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.data.images import read_regular
-from utils.data.problems import CLIPPED, DROPPED, LEFT_OUT, REMOVED, Problem
+from utils.data.problems import CLIPPED, DROPPED, LEFT_OUT, LINES_KEPT, REMOVED, Problem
 
 POLICIES = ("clip", "drop-box", "drop-image", "error")
 TOLERANCE_PX, TOLERANCE_SHARE = 1.0, 0.01  # a box may hang over the edge by the larger of the two and is clipped
@@ -239,7 +239,8 @@ def judge(file: str, issues: Iterable[Issue], policy: str) -> tuple[list[Problem
     out = "label-unreadable" in grouped or (policy == "drop-image" and any(kind != "box-repeated" for kind in grouped))
     problems = []
     for kind, found in grouped.items():
-        first = min(found, key=lambda issue: issue.line)
+        found.sort(key=lambda issue: issue.line)
+        lines = tuple(issue.line for issue in found[:LINES_KEPT] if issue.line)
         if kind == "box-repeated":
             action = REMOVED
         elif out:
@@ -247,5 +248,5 @@ def judge(file: str, issues: Iterable[Issue], policy: str) -> tuple[list[Problem
         else:
             action = CLIPPED if kind == "box-overhang" and policy == "clip" else DROPPED
         images = int(not any(problem.action == LEFT_OUT for problem in problems))  # the first one stands for the image
-        problems.append(Problem(kind, file, action, first.detail, first.line, len(found), images))
+        problems.append(Problem(kind, file, action, found[0].detail, lines, len(found), images))
     return problems, out

@@ -36,6 +36,7 @@ KINDS = {
     "voc-class": "class that is not among the names",
 }
 KEPT = 20_000  # problems kept with their file names; all are counted
+LINES_KEPT, LINES_SHOWN = 1000, 5  # line numbers of one problem
 
 
 def printable(text: str) -> str:
@@ -47,20 +48,32 @@ def printable(text: str) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """One kind of trouble in one file: the first line it shows at (0: none) and how often."""
+    """One kind of trouble in one file; `detail` is about its first occurrence."""
 
     kind: str
     file: str
     action: str
     detail: str
-    line: int = 0
+    lines: tuple[int, ...] = ()  # where it shows, at most LINES_KEPT of them, in order; none where lines mean nothing
     count: int = 1
     images: int = 1  # how many are left out, where that is the action
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lines", tuple(self.lines))  # JSON gives lists
+
+    @property
+    def where(self) -> str:
+        """The file, and the first line where there is one."""
+        return f"{self.file}:{self.lines[0]}" if self.lines else self.file
+
     def __str__(self) -> str:
-        where = f"{self.file}:{self.line}" if self.line else self.file
-        more = f" (and {self.count - 1} more in this file)" if self.count > 1 else ""
-        return printable(f"{where} {self.detail}{more}: {self.action}")
+        more = ""
+        if self.count > 1:
+            others = self.lines[1 : LINES_SHOWN + 1]
+            dots = ", ..." if len(self.lines) > LINES_SHOWN + 1 else ""
+            lines = f", line{'s' * (len(others) > 1)} {', '.join(map(str, others))}{dots}" if others else ""
+            more = f" (and {self.count - 1} more in this file{lines})"
+        return printable(f"{self.where} {self.detail}{more}: {self.action}")
 
 
 @dataclass
@@ -120,7 +133,6 @@ class Report:
 
 def refuse(problems: list[Problem], total: int, expected: str) -> UserError:
     """The one-line error for problems that stop a run: the first ten places, and how many there are."""
-    places = (f"{p.file}:{p.line} {p.detail}" if p.line else f"{p.file} {p.detail}" for p in problems[:10])
-    shown = printable("; ".join(places))
+    shown = printable("; ".join(f"{problem.where} {problem.detail}" for problem in problems[:10]))
     rest = total - sum(problem.count for problem in problems[:10])
     return UserError(f"{shown}{f'; and {rest:,} more' if rest > 0 else ''}; {expected}")

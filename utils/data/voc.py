@@ -1,4 +1,4 @@
-"""Pascal VOC XML: one file an image, pixel corners counted from 1 and inclusive.
+"""Pascal VOC XML, read and written: one file an image, pixel corners counted from 1 and inclusive.
 
 A box `xmin ymin xmax ymax` covers the pixels from (xmin - 1, ymin - 1) up to (xmax, ymax). Objects marked `difficult`
 are ignore regions, as crowds are: neither learned nor counted as missed. XML with a document type is refused, since
@@ -7,6 +7,7 @@ entities can make a small file explode.
 
 import os
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,3 +77,25 @@ def _number(parent: ElementTree.Element | None, key: str) -> float | None:
     except ValueError:
         return None
     return value if value is not None and -1e12 < value < 1e12 else None
+
+
+def voc_xml(file_name: str, hw: tuple[int, int], objects: Iterable[tuple[str, Sequence[float], bool]]) -> bytes:
+    """The XML of one image; `objects` are (class name, xyxy in pixels, difficult).
+
+    Corners that are no whole pixels keep their decimals. Names are plain text without control codes, and
+    without spaces at their ends.
+    """
+    root = ElementTree.Element("annotation")
+    ElementTree.SubElement(root, "filename").text = file_name
+    size = ElementTree.SubElement(root, "size")
+    for key, value in (("width", hw[1]), ("height", hw[0]), ("depth", 3)):
+        ElementTree.SubElement(size, key).text = str(value)
+    for name, (x1, y1, x2, y2), difficult in objects:
+        item = ElementTree.SubElement(root, "object")
+        ElementTree.SubElement(item, "name").text = name
+        ElementTree.SubElement(item, "difficult").text = str(int(difficult))
+        box = ElementTree.SubElement(item, "bndbox")
+        for key, value in (("xmin", x1 + 1), ("ymin", y1 + 1), ("xmax", x2), ("ymax", y2)):
+            ElementTree.SubElement(box, key).text = f"{value:.8g}"
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
