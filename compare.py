@@ -162,6 +162,9 @@ def labels_of(cfg: CompareConfig) -> list[str]:
 def compare(cfg: CompareConfig) -> CompareReport:
     """The whole comparison."""
     files = cfg.predictions or cfg.weights
+    if cfg.predictions and (cfg.weights or cfg.max_det is not None):
+        flag = "--weights" if cfg.weights else "--max-det"
+        raise UserError(f"{flag} does nothing with --predictions; leave one of the two out")
     if len(files) != 2:
         raise UserError(f"{len(files)} files given; expected two with --weights A B (or --predictions A B)")
     names, settings = labels_of(cfg), MetricSettings.from_options(cfg)

@@ -26,7 +26,7 @@ from utils.engine.coco_eval import MetricSettings, coco_metrics
 from utils.engine.coco_files import coco_annotations, coco_results, found_from_coco, ids_from_names, truth_from_coco
 from utils.engine.evaluation import EvalPlan, check_classes, evaluate, iterate_images, predict_settings
 from utils.engine.pictures import BatchPictures
-from utils.engine.predict import Detector, check_bounds, combine
+from utils.engine.predict import Detector, PredictSettings, check_bounds, combine
 from utils.engine.report import MANY_CLASSES, speed_line, summary, table, write_json, write_report, write_rows
 from utils.engine.studies import latency, latency_table, study_line, study_row, write_study
 from utils.engine.validate import EvalResult, ValSettings, detection_limit
@@ -50,8 +50,10 @@ class ValConfig:
         [], "network size: one number, or height and width; default: what the model was trained for",
         aliases=("img", "img_size"), nargs="+",
     )  # fmt: skip
-    conf_thres: float = option(0.001, "smallest confidence", aliases=("conf",))
-    iou_thres: float = option(0.6, "NMS IoU", aliases=("iou",))
+    conf_thres: float | None = option(
+        None, "smallest confidence; default: 0.001, and 0.25 with --task speed", aliases=("conf",)
+    )
+    iou_thres: float | None = option(None, "NMS IoU; default: 0.6, and 0.45 with --task speed", aliases=("iou",))
     max_det: int | None = option(None, "most detections per image; default: 300, or the last of --max-dets if larger")
     task: str = option("val", "split to measure on, or speed (latency) or study (AP over image sizes)", choices=TASKS)
     device: str = option("", "cpu, mps, or a GPU number")
@@ -99,12 +101,15 @@ class ValReport:
 
 
 def val_settings(cfg: ValConfig) -> ValSettings:
-    """What counts as a detection."""
+    """What counts as a detection. `--task speed` times what detect.py does: its thresholds, one class a box."""
     metrics = MetricSettings.from_options(cfg)
+    speed = cfg.task == "speed"
+    common = PredictSettings if speed else ValSettings
     return ValSettings(
-        conf_thres=cfg.conf_thres,
-        iou_thres=cfg.iou_thres,
+        conf_thres=common.conf_thres if cfg.conf_thres is None else cfg.conf_thres,
+        iou_thres=common.iou_thres if cfg.iou_thres is None else cfg.iou_thres,
         max_det=detection_limit(cfg.max_det, metrics),
+        multi_label=not speed,
         agnostic=cfg.agnostic_nms,
         single_cls=cfg.single_cls,
         metrics=metrics,
@@ -115,7 +120,7 @@ def measure_predictions(cfg: ValConfig) -> ValReport:
     """--predictions and --annotations: no model, no images."""
     if not cfg.annotations:
         raise UserError("--predictions needs the ground truth: add --annotations INSTANCES.json")
-    refuse_flags(cfg, "--predictions", ("weights", "save_json", "save_txt"))
+    refuse_flags(cfg, "--predictions", ("weights", "save_json", "save_txt", "conf_thres", "iou_thres", "max_det"))
     settings = MetricSettings.from_options(cfg)
     truth = truth_from_coco(cfg.annotations, area_from=cfg.area_from, area_pixels=cfg.area_pixels)
     found = found_from_coco(cfg.predictions, truth)
@@ -138,7 +143,8 @@ def measure_predictions(cfg: ValConfig) -> ValReport:
 def refuse_flags(cfg: ValConfig, where: str, flags: Sequence[str]) -> None:
     """UserError for the first of `flags` that is given where it would do nothing."""
     for flag in flags:
-        if getattr(cfg, flag):
+        value = getattr(cfg, flag)
+        if value is not None and value is not False and value not in ("", []):
             raise UserError(f"--{flag.replace('_', '-')} does nothing with {where}; leave one of the two out")
 
 
@@ -266,8 +272,7 @@ def measure_speed(cfg: ValConfig, dist: Dist) -> ValReport:
     spec = load_data(cfg.data)
     predictors = load_models(cfg, spec, dist)
     plan = replace(plan_for(cfg, predictors[0]), batch_size=cfg.batch_size if cfg.slice else 1, rect=False)
-    limit = ValSettings.max_det if cfg.max_det is None else cfg.max_det
-    settings = ValSettings(conf_thres=0.25, iou_thres=0.45, max_det=limit, multi_label=False)
+    settings = val_settings(cfg)
     index = read_labels(cfg, spec, dist, "val")
     images = list(iterate_images(index, min(cfg.runs, 100)))
     detector = Detector(combine(predictors, augment=cfg.augment), predict_settings(plan, settings))

@@ -117,6 +117,12 @@ def test_speed_gives_percentiles_of_each_stage(squares: Path, tmp_path: Path, ca
     for stage in ("pre-process", "inference", "NMS", "total"):
         assert 0 < speed[stage]["min"] <= speed[stage]["p50"] <= speed[stage]["p99"]
     assert speed["shape"] == [1, 3, 160, 160] and "p95" in capsys.readouterr().out
+    assert speed["settings"]["conf_thres"] == 0.25 and speed["settings"]["iou_thres"] == 0.45
+    given = {"conf_thres": 0.1, "iou_thres": 0.5, "agnostic_nms": True}
+    report = val.run(weights="any.pt", data=squares, project=tmp_path, task="speed", runs=1, **given)
+    assert read(report.save_dir, "speed.json")["settings"].items() >= {
+        "conf_thres": 0.1, "iou_thres": 0.5, "agnostic": True
+    }.items()  # fmt: skip
 
 
 @pytest.mark.usefixtures("finder")
