@@ -12,7 +12,7 @@ from utils.data.dataset import DetectionDataset
 from utils.data.images import read_image
 from utils.data.mosaic import Frame
 from utils.data.objects import Objects
-from utils.data.order import WINDOW, aspect_order, batch_shape, before, epoch_order
+from utils.data.order import aspect_order, batch_shape, before, epoch_order
 from utils.ops.boxes import cxcywh_to_xyxy
 from utils.ops.letterbox import letterbox_geometry, letterbox_image
 
@@ -52,11 +52,12 @@ def test_weights_choose_in_proportion():
 
 def test_partners_stand_before_a_position():
     order = np.arange(1000) * 7
-    assert (before(order, 500) == order[499 : 499 - WINDOW : -1]).all()
-    assert set(before(order, 0)) == set(order[-WINDOW:])
+    assert (before(order, 500, 128) == order[499 : 499 - 128 : -1]).all()
+    assert set(before(order, 0, 128)) == set(order[-128:])
     short = np.arange(5)
-    assert sorted(before(short, 3)) == [0, 1, 2, 3, 4]  # a small set's own image included
-    assert before(np.array([9]), 0).tolist() == [9]
+    for size in (128, 0):
+        assert sorted(before(short, 3, size)) == [0, 1, 2, 3, 4]  # a small set's own image included
+        assert before(np.array([9]), 0, size).tolist() == [9]
 
 
 def test_the_window_uses_all_images_alike_and_anew_each_epoch():
@@ -64,7 +65,7 @@ def test_the_window_uses_all_images_alike_and_anew_each_epoch():
     n, pairs, rng = 2000, [], np.random.default_rng(0)
     for epoch in range(3):
         order = epoch_order(n, 0, epoch)
-        partners = np.stack([rng.choice(before(order, p), 3) for p in range(n)])
+        partners = np.stack([rng.choice(before(order, p, Hyp.mosaic_window), 3) for p in range(n)])
         counts = np.bincount(partners.reshape(-1), minlength=n)
         assert abs(counts.mean() - 3) < 1e-9 and counts.std() < 1.1 * np.sqrt(3)  # the spread of independent draws
         pairs.append({(int(a), int(b)) for a, row in zip(order, partners, strict=True) for b in row})

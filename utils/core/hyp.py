@@ -14,7 +14,8 @@ class Hyp:
     """Values of a `data/hyps/*.yaml`.
 
     Gains `box`, `cls`, `obj` are for 3 layers, 80 classes and 640 px (see `DetectionLoss`). `step_decay` > 0 multiplies
-    the learning rate by it at 30, 60 and 80 % of the epochs, in place of the smooth fall to lrf.
+    the learning rate by it at 30, 60 and 80 % of the epochs, in place of the smooth fall to lrf. Mosaic partners are
+    among the `mosaic_window` images before a sample's own in the epoch's order (0: anywhere in it).
     """
 
     lr0: float = 0.01
@@ -49,6 +50,7 @@ class Hyp:
     fliplr: float = 0.5
     mosaic: float = 1.0
     mosaic9: float = 0.0
+    mosaic_window: int = 128
     mixup: float = 0.0
     cutmix: float = 0.0
     copy_paste: float = 0.0
@@ -71,6 +73,8 @@ class Hyp:
         for name in ("lr0", "nominal_batch", "anchor_t", "lrf", "ema_tau"):
             if getattr(self, name) <= 0:
                 raise UserError(f"hyper-parameter {name} is {getattr(self, name)}; expected more than 0")
+        if self.mosaic_window < 0:
+            raise UserError(f"hyper-parameter mosaic_window is {self.mosaic_window}; expected 0 (any image) or more")
         if not 0 <= self.scale < 1:
             raise UserError(f"hyper-parameter scale is {self.scale}; expected 0 to below 1 (a gain of 1 +- scale)")
 

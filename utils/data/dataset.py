@@ -196,7 +196,7 @@ class DetectionDataset:
         """The partner candidates of a position: the images at the positions before it in the epoch's order."""
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, epoch_order(len(self), self.seed, epoch)
-        return before(self._order[1], position)
+        return before(self._order[1], position, self.hyp.mosaic_window)
 
     def sample(
         self,

@@ -262,7 +262,7 @@ class TrainLoader:
         mine = everyone[self.rank :: self.world_size]
         # the dataset knows the plain shuffled order itself
         known = self.shuffle and self.weights is None and not dataset.rect and self.seed == dataset.seed
-        windows = None if known else tuple(before(order, int(p)) for p in mine)
+        windows = None if known else tuple(before(order, int(p), dataset.hyp.mosaic_window) for p in mine)
         return Request(epoch, mine, order[mine], hw, windows)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:

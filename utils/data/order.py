@@ -5,7 +5,6 @@ import numpy as np
 from utils.data.augment import generator
 
 ORDER, SAMPLE = 0, 1  # streams of randomness under one seed
-WINDOW = 128  # mosaic partners are among this many positions before a sample's own
 
 
 def epoch_order(n: int, seed: int, epoch: int, weights: np.ndarray | None = None) -> np.ndarray:
@@ -31,6 +30,7 @@ def batch_shape(shapes: np.ndarray, imgsz: int, stride: int, pad: float) -> tupl
     return height, width
 
 
-def before(order: np.ndarray, position: int, size: int = WINDOW) -> np.ndarray:
-    """Up to `size` entries of a circular order that stand before `position`; of a short order all, its own included."""
-    return order[(position - 1 - np.arange(min(size, len(order)))) % len(order)]
+def before(order: np.ndarray, position: int, size: int) -> np.ndarray:
+    """Up to `size` entries of a circular order that stand before `position` (0: all); of a short order all, its own
+    included."""
+    return order[(position - 1 - np.arange(min(size or len(order), len(order)))) % len(order)]
