@@ -12,7 +12,7 @@ from typing import Any
 
 from models import Network, build_model
 from models.conversion import initialise
-from models.weights import LoadedModel, load_model, unpack_model
+from models.weights import LoadedModel, lineage, load_model, unpack_model
 from utils.core.checkpoint import load_checkpoint
 from utils.core.config import config_dict, config_from_kwargs, given_options, parse_config, run_cli
 from utils.core.device import check_gpus, describe, parse_device
@@ -55,8 +55,8 @@ def read_hyp(config: TrainConfig) -> Hyp:
     return load_hyp(path, config.hyp_overrides)
 
 
-def make_model(config: TrainConfig, spec: DataSpec, hyp: Hyp) -> Network:
-    """A network for the data's classes, from --cfg and/or --weights."""
+def make_model(config: TrainConfig, spec: DataSpec, hyp: Hyp) -> tuple[Network, dict[str, Any]]:
+    """A network for the data's classes, from --cfg and/or --weights, and the lineage of those weights."""
     loaded: LoadedModel | None = load_model(config.weights) if config.weights else None
     nc = 1 if config.single_cls else spec.nc
     source: Any = config.cfg or (loaded.model.cfg if loaded else None)
@@ -70,7 +70,7 @@ def make_model(config: TrainConfig, spec: DataSpec, hyp: Hyp) -> Network:
             )
         for line in initialise(model, loaded):
             LOGGER.info(line)
-    return model
+    return model, lineage(loaded.meta) if loaded else {}
 
 
 def freeze(model: Network, layers: Sequence[int]) -> None:
@@ -103,17 +103,18 @@ def train(config: TrainConfig, dist: Dist, given: set[str]) -> TrainResult:
         spec = load_data(config.data)  # class names may stand in what was fetched
     if checkpoint is not None and path is not None:
         hyp, folder = Hyp(**checkpoint["train"]["hyp"]), path.resolve().parent.parent
-        model = unpack_model(checkpoint, path).model
+        loaded = unpack_model(checkpoint, path)
+        model, origin = loaded.model, lineage(loaded.meta)
     else:
-        hyp = read_hyp(config)
-        model, folder = make_model(config, spec, hyp), None
+        hyp, folder = read_hyp(config), None
+        model, origin = make_model(config, spec, hyp)
         if config.batch_size == -1:
             fits = measure_batch_size(model, config.imgsz, dist.device, precision(config.amp, dist.device))
             config = replace(config, batch_size=dist.broadcast(fits) * dist.world_size)
     freeze(model, frozen_layers(config.freeze))
     task: Task = TASKS[model.task](model, spec, config, hyp, dist)  # type: ignore[index]
     folder = folder or open_run(config, dist)
-    trainer = Trainer(task, config, hyp, dist, folder)
+    trainer = Trainer(task, config, hyp, dist, folder, origin)
     if checkpoint is not None:
         trainer.restore(checkpoint)
         LOGGER.info(f"resuming {path} at epoch {trainer.progress.epoch}, step {trainer.progress.step}")

@@ -34,6 +34,11 @@ class LoadedModel:
     meta: dict[str, Any]
 
 
+def lineage(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says about where its weights come from; it holds for whatever is trained from them too."""
+    return {key: meta[key] for key in ("licence", "origin") if key in meta}
+
+
 def pack_model(model: Network, names: Sequence[str], imgsz: int, **meta: Any) -> dict[str, Any]:
     """The model part of a checkpoint: configuration, names, image size, further facts as `meta`, and the tensors."""
     if len(names) != model.nc:

@@ -173,6 +173,19 @@ def test_frozen_layers_stay_frozen_after_resuming(scenes, tmp_path, monkeypatch)
     assert same(expected.folder, tmp_path / "b" / "exp")
 
 
+def test_what_is_trained_from_imported_weights_keeps_their_licence(scenes, tmp_path, monkeypatch):
+    source = build_model("yolov5n", nc=2)
+    facts = {"licence": "AGPL-3.0", "origin": "YOLOv5", "data": "theirs.yaml"}
+    save_checkpoint(tmp_path / "imported.pt", pack_model(source, ["a", "b"], 64, **facts))
+    options = {**SMALL, "data": scenes, "hyp": HYP, "weights": str(tmp_path / "imported.pt"), "epochs": 1}
+    interrupted(monkeypatch, 1, **options, project=tmp_path)
+    for expected in ("last.pt", "best.pt"):
+        meta = load_checkpoint(tmp_path / "exp" / "weights" / expected)["meta"]
+        assert (meta["licence"], meta["origin"], meta["data"]) == ("AGPL-3.0", "YOLOv5", "data.yaml")
+        if expected == "last.pt":
+            train.run(resume=str(tmp_path / "exp"))
+
+
 def test_an_older_run_in_the_same_folder_is_not_what_is_resumed(scenes, tmp_path, monkeypatch):
     options = {**SMALL, "data": scenes, "hyp": HYP, "project": tmp_path, "exist_ok": True, "epochs": 1}
     train.run(**options)
@@ -243,7 +256,7 @@ def test_image_weights_draw_all_tiles(scenes):
 
     config = config_from_kwargs(TrainConfig, **{**SMALL, "data": str(scenes), "slice": 32, "noautoanchor": True})
     spec, hyp = load_data(scenes), Hyp()
-    task = DetectTask(train.make_model(config, spec, hyp), spec, config, hyp, Dist.single())
+    task = DetectTask(train.make_model(config, spec, hyp)[0], spec, config, hyp, Dist.single())
     assert task.samples > 2 * len(task.train_index)
     weights = task._sample_weights(np.ones(spec.nc))
     assert weights.tolist() == [len(task.dataset.objects(i)) for i in range(task.samples)]

@@ -92,7 +92,7 @@ class ToyTask:
 
     def pack(self, model):
         state = {name: t.detach().clone() for name, t in model.state_dict().items()}
-        return {"format": "yolov5-spd", "state": state, "names": list(self.names)}
+        return {"format": "yolov5-spd", "state": state, "names": list(self.names), "meta": {}}
 
 
 def config(**changes):

@@ -11,6 +11,7 @@ exactly the gradient of the one-process loss.
 import os
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,21 @@ def set_determinism(mode: str, device: torch.device, seed: int) -> None:
 
 
 class Trainer:
-    """Trains the model of a task. Build it, `restore` a checkpoint or not, then `fit`."""
+    """Trains the model of a task. Build it, `restore` a checkpoint or not, then `fit`.
 
-    def __init__(self, task: Task, config: TrainConfig, hyp: Hyp, dist: Dist, folder: Path) -> None:
+    `lineage`: what the weights that training starts from say about their origin, for the checkpoints.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        config: TrainConfig,
+        hyp: Hyp,
+        dist: Dist,
+        folder: Path,
+        lineage: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.lineage = dict(lineage or {})
         self.task, self.config, self.hyp, self.dist, self.folder = task, config, hyp, dist, folder
         self.device = dist.device
         self.amp = precision(config.amp, self.device)
@@ -113,9 +126,15 @@ class Trainer:
 
     # ---------------------------------------------------------------- checkpoints
 
+    def packed(self) -> dict[str, Any]:
+        """The averaged network as the model part of a checkpoint."""
+        packed = self.task.pack(self.ema.model)
+        packed["meta"] |= self.lineage
+        return packed
+
     def state(self) -> dict[str, Any]:
         """Everything that continues the run, as tensors and plain values."""
-        packed = self.task.pack(self.ema.model)
+        packed = self.packed()
         packed["train"] = {
             "raw": {name: t.detach().clone() for name, t in self.model.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
@@ -159,7 +178,7 @@ class Trainer:
     def save_best(self) -> None:
         """best.pt: the averaged network alone, its weight matrices in fp16."""
         if self.dist.is_main:
-            packed = self.task.pack(self.ema.model)
+            packed = self.packed()
             matrices = {name for name, p in self.ema.model.named_parameters() if p.ndim > 1}
             packed["state"] = {k: v.half() if k in matrices else v for k, v in packed["state"].items()}
             save_checkpoint(self.folder / "weights" / "best.pt", packed)
