@@ -19,7 +19,7 @@ FILES = "published.yaml"  # in the same folder, but no experiment
 
 @dataclass(frozen=True)
 class Run:
-    """One training and its evaluation."""
+    """One training and its evaluation; with 0 epochs the evaluation of weights as they are, or as they convert."""
 
     experiment: str
     name: str  # the model, with what is varied: yolov5n@320
@@ -36,6 +36,22 @@ class Run:
     def folder(self, project: Path) -> Path:
         return project / self.experiment / f"{self.name}-s{self.seed}"
 
+    @property
+    def val_data(self) -> str:
+        """The data YAML that is measured on."""
+        return self.val.get("data") or self.train["data"]
+
+    def best(self, project: Path) -> Path:
+        """The weights that are measured."""
+        return self.folder(project) / "train" / "weights" / "best.pt"
+
+    def make(self, project: Path) -> tuple[str, list[str]]:
+        """The program that gives `best`, and its arguments."""
+        if self.train["epochs"]:
+            return "train.py", self.train_args(project)
+        wanted = {key: self.train[key] for key in ("weights", "cfg") if self.train.get(key)}
+        return "convert.py", [*flags({**wanted, "output": relative(self.best(project))}), "--exist-ok"]
+
     def train_args(self, project: Path) -> list[str]:
         """Arguments of train.py."""
         folder = self.folder(project)
@@ -46,8 +62,8 @@ class Run:
         """Arguments of val.py; --save-json keeps the detections for paired comparisons."""
         folder = self.folder(project)
         own = {
-            "weights": relative(folder / "train" / "weights" / "best.pt"),
-            "data": self.train["data"],
+            "weights": relative(self.best(project)),
+            "data": self.val_data,
             "imgsz": self.train["imgsz"],
             "project": relative(folder),
             "name": "val",
@@ -125,7 +141,10 @@ def load_experiment(path: Path) -> Experiment:
             train[next(iter(vary))], name = value, f"{model}@{value}"
         if train.get("weights"):
             train["weights"] = relative(data_root() / train["weights"])
-        runs.append(Run(path.stem, name, model, seed, train, dict(data.get("val") or {})))
+        val = dict(data.get("val") or {})
+        if "data" in val:
+            val["data"] = relative(data_root() / val["data"])
+        runs.append(Run(path.stem, name, model, seed, train, val))
     compare = tuple((str(a), str(b)) for a, b in data.get("compare") or [])
     for model in itertools.chain(*compare):
         if model not in data["models"]:

@@ -58,13 +58,14 @@ class Runner:
         """Train (or continue), validate, time, record."""
         folder = run.folder(self.project)
         folder.mkdir(parents=True, exist_ok=True)
-        train_args, val_args = run.train_args(self.project), run.val_args(self.project)
+        (program, make_args), val_args = run.make(self.project), run.val_args(self.project)
         last = folder / "train" / "weights" / "last.pt"
         begun = last.is_file() and not self.config.smoke
         started = time.monotonic()
-        self.execute("train.py", ["--resume", relative(last)] if begun else train_args, folder)
-        minutes = (time.monotonic() - started) / 60 if not begun else float("nan")  # a part is not the whole
-        detector = not (folder / "train" / "results.csv").read_text(encoding="utf-8").startswith("epoch,train/cls_loss")
+        self.execute(program, ["--resume", relative(last)] if begun else make_args, folder)
+        trained = program == "train.py" and not begun  # a part is not the whole
+        minutes = (time.monotonic() - started) / 60 if trained else float("nan")
+        detector = not run.model.startswith("resnet")
         self.execute("val.py", [*val_args, *(["--save-json"] if detector else [])], folder)
         row = {
             "experiment": run.experiment, "run": run.name, "model": run.model, "seed": run.seed,
@@ -72,7 +73,7 @@ class Runner:
             **self.metrics(folder), **self.costs(run, folder, val_args if detector else []),
             "commit": ledger.commit(), "finished": time.strftime("%Y-%m-%d %H:%M"),
             "hardware": ledger.hardware(), "software": ledger.software(),
-            "command": " && ".join((command("train.py", train_args), command("val.py", val_args))),
+            "command": " && ".join((command(program, make_args), command("val.py", val_args))),
         }  # fmt: skip
         ledger.append(self.results, ledger.RESULT_COLUMNS, row)
 
@@ -103,8 +104,8 @@ class Runner:
         import info
         from utils.core.config import config_from_kwargs
 
-        best = folder / "train" / "weights" / "best.pt"
-        summary = info.measure(config_from_kwargs(info.InfoConfig, cfg=str(best), imgsz=[run.train["imgsz"]]))
+        best = str(run.best(self.project))
+        summary = info.measure(config_from_kwargs(info.InfoConfig, cfg=best, imgsz=[run.train["imgsz"]]))
         costs: dict[str, float] = {"parameters": summary.parameters, "gflops": summary.gflops}
         if val_args and self.config.speed_runs:
             task = ["--task", "speed", "--runs", str(self.config.speed_runs), "--name", "speed"]
@@ -120,10 +121,10 @@ class Runner:
             (r["experiment"], r["a"], r["b"], r["seed"]) == (experiment.name, a.name, b.name, str(a.seed)) for r in rows
         ):
             return
-        weights = [relative(run.folder(self.project) / "train" / "weights" / "best.pt") for run in (a, b)]
+        weights = [relative(run.best(self.project)) for run in (a, b)]
         folder = self.project / experiment.name / f"{a.name}-{b.name}-s{a.seed}"
         folder.mkdir(parents=True, exist_ok=True)
-        args = ["--weights", *weights, "--data", a.train["data"], "--labels", a.name, b.name, "--imgsz"]
+        args = ["--weights", *weights, "--data", a.val_data, "--labels", a.name, b.name, "--imgsz"]
         args += [str(a.train["imgsz"]), "--project", relative(folder), "--name", "compare", "--exist-ok"]
         if self.config.smoke:
             args += ["--replicates", "20", "--pictures", "1", "--workers", "0", "--device", "cpu"]
@@ -155,7 +156,8 @@ def smoke_version(experiment: Experiment, project: Path) -> Experiment:
         classify = run.model.startswith("resnet")
         data = {"data": relative(folders if classify else scenes), "weights": ""}
         train = {**run.train, **SMOKE_TRAIN, **data, "hyp": [f"nominal_batch={SMOKE_TRAIN['batch-size']}"]}
-        runs.append(replace(run, train=train, val={**run.val, **SMOKE_VAL}))
+        val = {key: value for key, value in run.val.items() if key != "data"}
+        runs.append(replace(run, train=train, val={**val, **SMOKE_VAL}))
     first = min(run.seed for run in runs)
     return replace(experiment, runs=tuple(run for run in runs if run.seed == first))
 
@@ -178,7 +180,7 @@ def run_all(config: RunConfig) -> list[str]:
             if config.list:
                 LOGGER.info(f"  missing: {run.name} seed {run.seed}")
                 continue
-            LOGGER.info(f"  {run.name} seed {run.seed}: {command('train.py', run.train_args(runner.project))}")
+            LOGGER.info(f"  {run.name} seed {run.seed}: {command(*run.make(runner.project))}")
             try:
                 runner.carry_out(run)
             except UserError as error:

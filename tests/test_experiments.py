@@ -1,6 +1,7 @@
 """The experiments: files that are checked, a record that is appended to and never repeated, a page made from it."""
 
 import csv
+import os
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,19 @@ def test_runs_are_the_product_of_seeds_values_and_models(tmp_path: Path) -> None
     assert list(experiment.pairs()) == [("a@64", "b@64"), ("a@96", "b@96")]
     args = experiment.runs[-1].train_args(tmp_path)
     assert args[args.index("--imgsz") + 1] == "96" and args[args.index("--seed") + 1] == "4"
+
+
+def test_no_epochs_measure_weights_as_they_convert(tmp_path: Path) -> None:
+    text = "question: Which?\ndata: d.yaml\ntrain: {imgsz: 64, epochs: 0, weights: w.pt}\nval: {data: v.yaml}\n"
+    experiment = load_experiment(write(tmp_path / "x.yaml", text + "models: {a: {cfg: a.yaml}, b: {epochs: 2}}\n"))
+    as_it_is, trained = experiment.runs
+    program, args = as_it_is.make(tmp_path)
+    assert program == "convert.py" and {"--weights", "--cfg", "--output"} <= set(args) and "--epochs" not in args
+    assert trained.make(tmp_path)[0] == "train.py"
+    for one in experiment.runs:
+        args = one.val_args(tmp_path)
+        assert args.count("--data") == 1 and args[args.index("--data") + 1].endswith("/v.yaml")
+        assert args[args.index("--weights") + 1] == os.path.relpath(one.best(tmp_path))
 
 
 @pytest.mark.parametrize(
