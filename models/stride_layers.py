@@ -73,6 +73,8 @@ def fit(x: Tensor, before: Pair, size: Pair, value: float = 0.0) -> Tensor:
 
 def grouped_spd(x: Tensor, scale: Pair, groups: int) -> Tensor:
     """SPD in each of `groups` channel groups, so that a grouped convolution finds all blocks of a group together."""
+    if x.ndim == 3:  # torch's layers take one image without a batch, too
+        return grouped_spd(x[None], scale, groups)[0]
     if groups == 1:
         return space_to_depth(x, scale)
     b, c, h, w = x.shape
@@ -136,7 +138,7 @@ class BlockMean(BlockConv):
         end = (start + k).clamp(max=n + p)
         if not self.count_padding:
             start, end = start.clamp(min=0), end.clamp(max=n)
-        return (k / (end - start)).to(like.dtype)
+        return k / (end - start).to(like.dtype)
 
 
 class Squeezed(nn.Module):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from models.stride_layers import BlockConv, BlockMean, DenseMax, Pair, Squeezed, Window, lift_kernel
 from models.trace import Calls, observe
@@ -74,8 +75,12 @@ def replace_strides(
     for given, choices in ((init, INITS), (variant, VARIANTS)):
         if given not in choices:
             raise UserError(f"replace_strides got {given!r}; expected {' or '.join(choices)}")
-    before = sum(p.numel() for p in module.parameters())
+    if any(isinstance(layer, torch.jit.ScriptModule) for layer in module.modules()):
+        raise UserError("the module is compiled by TorchScript; replace the strides of the module that it was made of")
     calls = observe(module, example)
+    if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
+        raise UserError(f"the module has lazy layers without sizes yet, and {calls.failure or 'some were not used'}")
+    before = sum(p.numel() for p in module.parameters())
     sites, skipped, swaps = [], [], {}
     for name, layer in module.named_modules():
         if not name and _is_site(layer):
@@ -141,10 +146,13 @@ def _obstacle(layer: nn.Module, calls: Calls, pooling: bool) -> str:
     kind = type(layer)
     if kind not in _MAKERS:
         base = next(base.__name__ for base in (*_CONVS, *_POOLS) if isinstance(layer, base))
-        known = f"{kind.__name__}, a subclass of {base}, may compute something else"
-        return f"{kind.__name__} is not two-dimensional" if kind in (*_CONVS, *_POOLS) and "2d" not in base else known
-    if layer._forward_hooks or layer._forward_pre_hooks:
+        if kind not in (*_CONVS, *_POOLS):
+            return f"{kind.__name__}, a subclass of {base}, may compute something else"
+        return f"{base} has no SPD form" if "2d" in base else f"{base} is not two-dimensional"
+    if any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)):
         return "it has hooks (such as weight normalization)"
+    if "forward" in vars(layer):
+        return "its forward was exchanged, it may compute something else"
     if isinstance(layer, nn.MaxPool2d) and layer.return_indices:
         return "return_indices=True"
     if isinstance(layer, _POOLS) and calls.channels(layer) is None:
@@ -217,7 +225,7 @@ def _avg_pool(layer: nn.AvgPool2d, channels: int | None, init: str, variant: str
     else:
         new = BlockConv(channels, channels, window, bias=False)
     share = 1 / (layer.divisor_override or math.prod(window.kernel))
-    diagonal = torch.eye(channels)[:, :, None, None].expand(-1, -1, *window.kernel) * share
+    diagonal = torch.eye(channels, dtype=torch.float64)[:, :, None, None].expand(-1, -1, *window.kernel) * share
     new.conv.weight.data = lift_kernel(diagonal, window)
     return new
 
@@ -233,3 +241,6 @@ def _adopt(new: nn.Module, old: nn.Module, calls: Calls) -> None:
     new.train(old.training)
     if own is not None:
         new.requires_grad_(own.requires_grad)
+    if isinstance(old, nn.Conv2d) and old.bias is not None:
+        bias = new.get_parameter("layer.bias" if isinstance(new, Squeezed) else "conv.bias")
+        bias.requires_grad_(old.bias.requires_grad)

@@ -51,7 +51,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        x = args[0] if args else None
+        x = args[0] if args else (kwargs or {}).get("input")
         if not isinstance(x, Tensor) or x.ndim != 4:
             return result
         where, owner = self.stack[-1] if self.stack else ("", None)
@@ -89,7 +89,7 @@ def observe(module: nn.Module, example: Any = None) -> Calls:
     calls = Calls(own.device, own.dtype)
     if example is None:
         first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
-        channels = 3 if first is None else first.in_channels
+        channels = first.in_channels or 3 if first is not None else 3  # 0: a lazy layer
         example = torch.zeros(1, channels, 224, 224, device=own.device, dtype=own.dtype)
     stack: list[tuple[str, nn.Module]] = []
 

@@ -193,6 +193,59 @@ def test_mode_dtype_and_frozen_state_are_kept() -> None:
     assert report.parameters == sum(p.numel() for p in net.parameters())
 
 
+def test_a_frozen_bias_beside_a_free_weight() -> None:
+    for variant in VARIANTS:
+        net = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1))
+        net[0].bias.requires_grad_(False)
+        replace_strides(net, variant=variant)
+        assert [name for name, p in net.named_parameters() if not p.requires_grad] == [
+            f"0.{'layer' if variant == 'conv-spd' else 'conv'}.bias"
+        ]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_images_without_a_batch(variant: str) -> None:
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, 2, 1, groups=2), nn.MaxPool2d(2), nn.AvgPool2d(2))
+    same(net, torch.randn(4, 33, 30), variant=variant)
+
+
+def test_double_precision_is_kept() -> None:
+    for options in (dict(), dict(count_include_pad=False), dict(ceil_mode=True), dict(divisor_override=7)):
+        net = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.AvgPool2d(3, 2, 1, **options)).double()
+        same(net, torch.randn(1, 3, 21, 22, dtype=torch.float64), tolerance=1e-14)
+
+
+def test_lazy_layers_take_their_sizes_from_the_example() -> None:
+    net = nn.Sequential(nn.LazyConv2d(4, 3, 2, 1), nn.LazyConv2d(4, 3, 2, 1))
+    assert len(replace_strides(net, example=torch.randn(1, 5, 16, 16)).sites) == 2 and net[0].layer.in_channels == 5
+    assert len(replace_strides(nn.Sequential(nn.LazyConv2d(4, 3, 2, 1))).sites) == 1
+    with pytest.raises(UserError, match="lazy layers without sizes.*pass example="):
+        replace_strides(nn.Sequential(nn.Linear(3, 4), nn.LazyConv2d(4, 3, 2, 1)))
+
+
+def test_layers_that_do_more_than_their_type_says() -> None:
+    """Hooks of the backward pass, and a forward that was exchanged on the object, would be lost."""
+    hooked, exchanged = nn.Conv2d(3, 3, 3, 2, 1), nn.Conv2d(3, 3, 3, 2, 1)
+    hooked.register_full_backward_hook(lambda *_: None)
+    exchanged.forward = lambda x: 2 * nn.Conv2d.forward(exchanged, x)
+    report = replace_strides(nn.Sequential(hooked, exchanged, nn.LPPool2d(2, 2)))
+    assert dict(report.skipped) == {
+        "0": "it has hooks (such as weight normalization)",
+        "1": "its forward was exchanged, it may compute something else",
+        "2": "LPPool2d has no SPD form",
+    }
+
+
+def test_functions_called_with_keywords_are_seen() -> None:
+    class Keyword(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.max_pool2d(input=x, kernel_size=2)
+
+    assert [reason for _, reason in replace_strides(Keyword()).skipped] == [
+        "the function max_pool2d in its forward, not a layer"
+    ]
+
+
 def test_a_module_that_does_not_run_on_an_image() -> None:
     """Without a run, convolutions are replaced and pooling is listed; with the right example both are replaced."""
 
@@ -212,6 +265,8 @@ def test_a_module_that_does_not_run_on_an_image() -> None:
 def test_wrong_calls_are_refused() -> None:
     with pytest.raises(UserError, match="wrap it"):
         replace_strides(nn.Conv2d(3, 3, 2, 2))
+    with pytest.raises(UserError, match="TorchScript"):
+        replace_strides(torch.jit.trace(nn.Sequential(nn.Conv2d(3, 3, 2, 2)), torch.zeros(1, 3, 4, 4)))
     with pytest.raises(UserError, match="preserve or fresh"):
         replace_strides(nn.Sequential(), init="kept")
     with pytest.raises(UserError, match="conv-spd or spd-conv"):
