@@ -25,11 +25,6 @@ from utils.engine.report import write_json
 from utils.engine.trainer import EXIT_INTERRUPTED, Interrupted
 
 HERE = Path(__file__).resolve().parent
-# A run of minutes wants many steps: small batches, and an optimizer that finds its own scale.
-RECIPE = {
-    "lr0": 0.003, "warmup_bias_lr": 0.01, "nominal_batch": 8, "box": 0.15, "obj": 4, "cls": 6,
-    "mosaic": 0, "scale": 0.3, "flipud": 0.5,
-}  # fmt: skip
 COLUMNS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
 
 
@@ -77,7 +72,7 @@ def demo(config: DemoConfig) -> DemoReport | None:
     LOGGER.info(f"\n2. training {Path(config.cfg).stem} from scratch, {config.epochs} epochs")
     best = train.run(
         data=data, cfg=config.cfg, imgsz=config.imgsz, epochs=config.epochs, batch_size=config.batch_size,
-        hyp=[f"{key}={value}" for key, value in RECIPE.items()], optimizer="AdamW", seed=config.seed,
+        hyp=["hyp.short.yaml"], optimizer="AdamW", seed=config.seed,
         device=config.device, workers=config.workers, project=folder, name="train",
     ).best  # fmt: skip
 
