@@ -35,6 +35,8 @@ def convert_data(config: ConvertConfig) -> dict[str, Converted]:
     for name in ("data", "output"):
         if not getattr(config, name):
             raise UserError(f"--{name} is missing; expected {'a data YAML' if name == 'data' else 'a new folder'}")
+    if config.polygons and config.to != "yolo":
+        raise UserError(f"--polygons has no meaning with --to {config.to}: COCO files always have them, VOC never")
     results = convert(
         load_data(config.data),
         config.to,

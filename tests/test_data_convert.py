@@ -1,6 +1,8 @@
 """Converters: what goes in comes out, what a format cannot hold is counted, and the source stays as it was."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image
 import convert_data
 from utils.core.errors import UserError
 from utils.data.index import build_index
+from utils.data.listing import label_path
 from utils.data.spec import load_data
 
 
@@ -152,3 +155,28 @@ def test_names_that_voc_cannot_hold(source, tmp_path):
         with pytest.raises(UserError, match=said):
             convert_data.run(data=source, to="voc", output=tmp_path / "voc")
     assert not (tmp_path / "voc").exists()
+
+
+@pytest.mark.parametrize("to", ["yolo", "coco", "voc"])
+def test_odd_names_are_found_again(tmp_path, to):
+    """Hidden and missing suffixes, folders called images, names that XML cannot hold: no box gets lost."""
+    names = [".hidden/a.jpg", "b", "c.dat", ".d.jpg", "images/e.jpg", "images/images/e.png", "f\x01.jpg", "g\\h.jpg"]
+    names += [os.fsdecode(b"i\xff.jpg"), "ö/j.jpg", "labels/k.jpg", "b.jpg"]
+    for name in names:
+        path = tmp_path / "odd" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 10)).save(path, "png" if name.endswith("png") else "jpeg")
+        label = Path(label_path(str(path)))
+        label.parent.mkdir(parents=True, exist_ok=True)
+        label.write_text("0 0.5 0.5 0.5 0.5\n")
+    (tmp_path / "list.txt").write_text("".join(f"./odd/{name}\n" for name in names[:4]))
+    (tmp_path / "d.yaml").write_text("train: [list.txt, odd]\nnames: [a]\n")
+    result = convert_data.run(data=tmp_path / "d.yaml", to=to, output=tmp_path / "made" / to)["train"]
+    index = index_of(tmp_path / "made" / to / "data.yaml")
+    assert result.images == len(index) == index.report.boxes == len(names) and not index.report.counts
+    assert result.renamed == (0 if to == "coco" else 5)
+
+
+def test_polygons_are_for_yolo_files(source, tmp_path):
+    with pytest.raises(UserError, match="--polygons has no meaning with --to voc"):
+        convert_data.run(data=source, to="voc", output=tmp_path / "o", polygons=True)

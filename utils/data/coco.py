@@ -234,7 +234,9 @@ def _images(
 
 def _place(name: str, folders: list[str]) -> str | None:
     """Where an image lies: in the first folder that has it, else in the first; None if its name leads out of all."""
-    name = name.replace("\\", "/") if os.sep == "/" and "/" not in name else name
+    if os.sep == "/" and "\\" in name and "/" not in name:  # written on Windows, unless there is such a file
+        known = any(os.path.lexists(os.path.join(folder, name)) for folder in folders)
+        name = name if known else name.replace("\\", "/")
     inside = []
     for folder in folders:
         path = os.path.normpath(os.path.join(folder, name))

@@ -16,7 +16,9 @@ import numpy as np
 
 from utils.core.errors import UserError
 from utils.core.yamls import dump_yaml
+from utils.data.images import IMAGE_SUFFIXES, open_regular, sniff
 from utils.data.index import LabelIndex, build_index
+from utils.data.listing import label_path
 from utils.data.spec import DataSpec
 from utils.data.voc import voc_xml
 
@@ -31,7 +33,7 @@ class Converted:
     images: int = 0
     boxes: int = 0
     lost: dict[str, int] = field(default_factory=dict)  # what the target cannot hold -> how many
-    renamed: int = 0  # images whose label file another one would have had
+    renamed: int = 0  # images that would not be found by their name, or whose label file another one would have had
 
     def lose(self, what: str, count: int) -> None:
         if count:
@@ -67,7 +69,7 @@ def convert(
             result = results[split] = Converted(len(index))
             files = _place_images(index, made / "images" / split, to, images, result)
             if to == "yolo":
-                _write_yolo(index, files, made / "labels" / split, polygons, result)
+                _write_yolo(index, files, made / "images" / split, polygons, result)
             elif to == "voc":
                 _write_voc(index, files, made / "annotations" / split, result)
                 data.setdefault("annotations", {})[split] = f"annotations/{split}"
@@ -89,16 +91,9 @@ def _place_images(index: LabelIndex, folder: Path, to: str, how: str, result: Co
     taken: set[str] = set()
     names = []
     for source in sources:
-        name = os.path.relpath(source, common)
-        stem, suffix = os.path.splitext(name)
-        if to != "coco" and stem in taken:  # a.jpg and a.png cannot share a.txt or a.xml
-            number = 2
-            while f"{stem}_{number}" in taken:
-                number += 1
-            stem = f"{stem}_{number}"
-            name = stem + suffix
-            result.renamed += 1
-        taken.add(stem)
+        own = os.path.relpath(source, common)
+        name = own if to == "coco" else _free_name(_findable_name(own, source), taken)
+        result.renamed += name != own
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if how == "copy":
@@ -109,7 +104,27 @@ def _place_images(index: LabelIndex, folder: Path, to: str, how: str, result: Co
     return names
 
 
-def _write_yolo(index: LabelIndex, files: list[str], folder: Path, polygons: bool, result: Converted) -> None:
+def _findable_name(name: str, source: Path) -> str:
+    """A name that shows up when the folder is listed: without hidden parts, and with the suffix of an image."""
+    name = os.sep.join(f"_{part}" if part.startswith(".") else part for part in name.split(os.sep))
+    if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+        return name
+    with open_regular(source) as file:
+        kind = f".{sniff(file.read(32))}"
+    return name + (kind if kind in IMAGE_SUFFIXES else ".jpg")
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    """The name with a number where its stem is `taken`: a.jpg and a.png cannot share a.txt or a.xml."""
+    stem, suffix = os.path.splitext(name)
+    free, number = stem, 2
+    while free in taken:
+        free, number = f"{stem}_{number}", number + 1
+    taken.add(free)
+    return free + suffix
+
+
+def _write_yolo(index: LabelIndex, files: list[str], images: Path, polygons: bool, result: Converted) -> None:
     for i, name in enumerate(files):
         cls, boxes, crowd = index.labels(i)
         shapes = index.polygons(i)
@@ -124,7 +139,7 @@ def _write_yolo(index: LabelIndex, files: list[str], folder: Path, polygons: boo
                 result.lose("polygons (kept with --polygons)", int(len(shapes[k]) > 0))
             lines.append(" ".join([str(cls[k]), *(f"{v:.8g}" for v in values.ravel())]) + "\n")
         result.boxes += len(lines)
-        target = folder / (os.path.splitext(name)[0] + ".txt")
+        target = Path(label_path(str(images / name)))
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text("".join(lines))
     result.lose("crowd regions (or difficult objects)", int(index.crowd.sum()))

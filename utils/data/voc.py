@@ -15,6 +15,7 @@ import numpy as np
 from utils.core.files import nearest
 from utils.data.images import read_regular
 from utils.data.labels import MAX_LABEL_BYTES, Issue, Labels, no_labels
+from utils.data.problems import printable
 
 
 def read_voc(path: str | Path, hw: tuple[int, int], names: tuple[str, ...]) -> tuple[Labels, list[Issue], bool]:
@@ -82,11 +83,11 @@ def _number(parent: ElementTree.Element | None, key: str) -> float | None:
 def voc_xml(file_name: str, hw: tuple[int, int], objects: Iterable[tuple[str, Sequence[float], bool]]) -> bytes:
     """The XML of one image; `objects` are (class name, xyxy in pixels, difficult).
 
-    Corners that are no whole pixels keep their decimals. Names are plain text without control codes, and
+    Corners that are no whole pixels keep their decimals. Class names are plain text without control codes, and
     without spaces at their ends.
     """
     root = ElementTree.Element("annotation")
-    ElementTree.SubElement(root, "filename").text = file_name
+    ElementTree.SubElement(root, "filename").text = printable(file_name)
     size = ElementTree.SubElement(root, "size")
     for key, value in (("width", hw[1]), ("height", hw[0]), ("depth", 3)):
         ElementTree.SubElement(size, key).text = str(value)
