@@ -26,7 +26,7 @@ from utils.engine.coco_eval import MetricSettings, coco_metrics
 from utils.engine.coco_files import coco_annotations, coco_results, found_from_coco, ids_from_names, truth_from_coco
 from utils.engine.evaluation import EvalPlan, check_classes, evaluate, iterate_images, predict_settings
 from utils.engine.pictures import BatchPictures
-from utils.engine.predict import Detector, PredictSettings, check_bounds, combine
+from utils.engine.predict import Detector, PredictSettings, check_bounds, combine, size_step
 from utils.engine.report import MANY_CLASSES, speed_line, summary, table, write_json, write_report, write_rows
 from utils.engine.studies import latency, latency_table, study_line, study_row, write_study
 from utils.engine.validate import EvalResult, ValSettings, detection_limit
@@ -297,7 +297,7 @@ def measure_study(cfg: ValConfig, dist: Dist) -> ValReport:
         check_classes(predictor, spec.names, spec.yaml.name, cfg.single_cls)
         if predictor.imgsz is not None:
             raise UserError(f"{label} was exported for one size; --task study needs a model that takes any")
-        stride, model = max(predictor.strides), combine([predictor], augment=cfg.augment)
+        stride, model = size_step(predictor), combine([predictor], augment=cfg.augment)
         for size in sorted({max(-(-s // stride), 1) * stride for s in cfg.sizes}):
             plan = replace(plan_for(cfg, predictor), imgsz=(size, size))
             result = evaluate(model, index, list(index.names), plan, settings, dist, title=f"{label} at {size}")

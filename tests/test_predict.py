@@ -8,6 +8,8 @@ import pytest
 import torch
 from media import Endless, RedFinder, one_thread, with_squares  # noqa: F401
 
+from models import build_model
+from models.backends.pytorch import PyTorchPredictor
 from utils.core.errors import UserError
 from utils.engine.pipeline import Behind, ahead
 from utils.engine.predict import (
@@ -221,6 +223,19 @@ def resizing_call(self, images):
     h, w = images.shape[2:]
     self._rows = sum(2 * (h // s) * (w // s) for s in self.strides)
     return RedFinder.__call__(self, images)
+
+
+@pytest.mark.parametrize(("augment", "slice_size"), [(False, 0), (True, 0), (False, 72)])
+def test_a_head_that_leaves_the_coarsest_level_out_gets_sizes_that_its_backbone_takes(augment, slice_size):
+    config = build_model("yolov5n", nc=1).cfg
+    rows = [*config["head"][:-1], [[17, 20], 1, "Detect", ["nc", "anchors"]]]
+    config = {**config, "width_multiple": 0.125, "head": rows, "anchors": config["anchors"][:2]}
+    predictor = PyTorchPredictor(build_model(config, nc=1), ["a"])
+    assert max(predictor.strides) == 16 and predictor.max_stride == 32
+    model = combine([predictor, predictor], augment=augment)
+    detector = Detector(model, settings(imgsz=(64, 64), slice_size=slice_size))
+    assert len(detector([np.zeros((100, 70, 3), np.uint8)])) == 1
+    assert network_size(model, (80, 80)) == (96, 96)
 
 
 def test_an_ensemble_is_the_predictions_side_by_side():

@@ -19,7 +19,7 @@ from utils.data.images import read_image
 from utils.data.index import LabelIndex
 from utils.data.loader import EvalLoader
 from utils.engine.pipeline import ahead
-from utils.engine.predict import Detector, PredictSettings, check_bounds, network_size
+from utils.engine.predict import Detector, PredictSettings, check_bounds, network_size, size_step
 from utils.engine.validate import STAGES, EvalResult, OnBatch, ValSettings, evaluate_rows, validate
 from utils.ops.boxes import xyxy_to_cxcywh
 from utils.ops.letterbox import Letterbox, letterbox_geometry, letterbox_image
@@ -70,7 +70,7 @@ def evaluate(
         plan = replace(plan, imgsz=(height, width))
         return _evaluate_pictures(predictor, index, names, plan, settings, dist, on_batch, labeled, title)
     rect = plan.rect and predictor.imgsz is None
-    stride = max(predictor.strides)
+    stride = size_step(predictor)
     dataset = DetectionDataset(index, height, Hyp(), augment=False, rect=rect, stride=stride, pad=0.5 if rect else 0.0)
     workers = loader_workers(plan.workers, plan.batch_size)
     loader = EvalLoader(dataset, plan.batch_size, workers=workers, rank=dist.rank, world_size=dist.world_size)

@@ -150,7 +150,7 @@ class Detector:
         for x1, y1, x2, y2 in self._boxes(image.shape[:2]):
             pixels = image[y1:y2, x1:x2]
             auto = self.settings.rect and self.predictor.imgsz is None
-            stride = max(self.predictor.strides)
+            stride = size_step(self.predictor)
             geometry = letterbox_geometry(pixels.shape[:2], self.imgsz, stride=stride, auto=auto)
             yield View(i, pixels, (x1, y1), geometry)
 
@@ -231,8 +231,13 @@ def _to_picture(rows: np.ndarray, view: View) -> np.ndarray:
     return rows
 
 
+def size_step(predictor: Predictor) -> int:
+    """What heights and widths must be multiples of: the coarsest stride, which the head may leave out."""
+    return max(*predictor.strides, getattr(predictor, "max_stride", 1))
+
+
 def network_size(predictor: Predictor, imgsz: Sequence[int]) -> tuple[int, int]:
-    """The (height, width) to run at: a fixed predictor's own, else `imgsz` rounded up to its largest stride."""
+    """The (height, width) to run at: a fixed predictor's own, else `imgsz` rounded up to what its network takes."""
     asked = (int(imgsz[0]), int(imgsz[-1]))
     if len(imgsz) not in (1, 2) or min(asked) < 1:
         raise UserError(f"--imgsz {' '.join(map(str, imgsz))}; expected one size in pixels, or height and width")
@@ -240,7 +245,7 @@ def network_size(predictor: Predictor, imgsz: Sequence[int]) -> tuple[int, int]:
         if tuple(predictor.imgsz) != asked:
             LOGGER.info(f"the model was exported for {predictor.imgsz[0]}x{predictor.imgsz[1]}: using that size")
         return predictor.imgsz[0], predictor.imgsz[1]
-    stride = max(predictor.strides)
+    stride = size_step(predictor)
     usable = tuple(-(-side // stride) * stride for side in asked)
     if usable != asked:
         LOGGER.info(f"--imgsz {asked[0]} {asked[1]} is rounded up to {usable[0]} {usable[1]}, multiples of {stride}")
@@ -262,6 +267,7 @@ class AugmentedPredictor:
             raise UserError("--augment runs at three sizes, but the model has a fixed one; export it with --dynamic hw")
         self.predictor = predictor
         self.names, self.strides = predictor.names, list(predictor.strides)
+        self.max_stride = size_step(predictor)
         self.device, self.half, self.batch = predictor.device, predictor.half, predictor.batch
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -290,8 +296,7 @@ class AugmentedPredictor:
         h, w = images.shape[2:]
         new = (max(round(h * scale), 1), max(round(w * scale), 1))
         resized = functional.interpolate(images, size=new, mode="bilinear", align_corners=False)
-        stride = max(self.strides)
-        pad_h, pad_w = -new[0] % stride, -new[1] % stride
+        pad_h, pad_w = -new[0] % self.max_stride, -new[1] % self.max_stride
         return functional.pad(resized, (0, pad_w, 0, pad_h), value=FILL / 255), (new[0] / h, new[1] / w)
 
 
@@ -313,6 +318,7 @@ class EnsemblePredictor:
         self.predictors = list(predictors)
         self.names, self.device = first.names, first.device
         self.strides = max((list(p.strides) for p in predictors), key=max)
+        self.max_stride = math.lcm(*map(size_step, predictors))
         self.half = all(p.half for p in predictors)
         self.imgsz = _common([p.imgsz for p in predictors], "image sizes")
         self.batch = _common([p.batch for p in predictors], "batch sizes")
