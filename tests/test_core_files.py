@@ -23,6 +23,13 @@ def test_run_folders_are_numbered_from_two(tmp_path):
     assert increment_path(tmp_path / "runs", "exp", exist_ok=True).name == "exp"
 
 
+@pytest.mark.parametrize("exist_ok", [False, True])
+def test_a_run_folder_below_a_file_is_refused_in_one_line(tmp_path, exist_ok):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(UserError, match="choose another --project"):
+        increment_path(tmp_path / "runs", "exp", exist_ok)
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [

@@ -47,18 +47,21 @@ def _sync_folder(folder: Path) -> None:
 def increment_path(project: str | Path, name: str, exist_ok: bool = False) -> Path:
     """Create and return project/name, or project/name2, name3, ... when it exists and `exist_ok` is false."""
     base = Path(project) / name
-    base.parent.mkdir(parents=True, exist_ok=True)
-    if exist_ok:
-        base.mkdir(exist_ok=True)
-        return base
-    number = 1
-    while True:
-        path = base if number == 1 else base.with_name(f"{base.name}{number}")
-        try:
-            path.mkdir()
-            return path
-        except FileExistsError:
-            number += 1
+    try:
+        base.parent.mkdir(parents=True, exist_ok=True)
+        if exist_ok:
+            base.mkdir(exist_ok=True)
+            return base
+        number = 1
+        while True:
+            path = base if number == 1 else base.with_name(f"{base.name}{number}")
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:
+                number += 1
+    except OSError as e:
+        raise UserError(f"the run folder '{base}' cannot be made ({e.strerror}); choose another --project") from e
 
 
 def cache_dir(*parts: str) -> Path:
