@@ -66,6 +66,12 @@ def test_numbers(yaml):
     assert "1 images of equal content in train and val" in text and "labels/train/9.txt belongs to no image" in text
 
 
+def test_classes_of_one_name_are_counted_apart(yaml):
+    yaml.write_text(yaml.read_text().replace("[a, b, c]", "[a, a, c]"))
+    result, _ = check(load_data(yaml), 100)
+    assert result["splits"]["train"]["classes"] == {"a (0)": 2, "a (1)": 1, "c": 0}
+
+
 def test_verb_writes_table_json_and_picture(yaml, tmp_path, capsys):
     args = ["--data", str(yaml), "--imgsz", "100", "--project", str(tmp_path / "runs")]
     assert verb.main(args) == 0

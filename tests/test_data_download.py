@@ -143,6 +143,7 @@ def test_redirections_stay_on_the_web(tmp_path, server):
         ({"url": "file:///etc/passwd"}, "web address"),
         ({"url": "ftp://x/y.zip"}, "web address"),
         ({"url": "http:///x"}, "web address"),
+        ({"url": "https://[::1/x.zip"}, "web address"),
         ({"sha256": "12"}, "64 hexadecimal"),
         ({"sha256": ""}, "neither encrypted nor checked"),
         ({"sha256": "0" * 64}, "SHA-256 sum"),

@@ -57,6 +57,7 @@ def test_unknown_keys_are_tolerated(tmp_path, capsys):
     [
         ("names: [a]", "train"),
         ("train: t", "names"),
+        ("train: []\nnames: [a]", "'train: \\[\\]' is not a path"),
         ("train: t\nnames: 3", "names"),
         ("train: t\nnames: []", "names"),
         ("train: t\nnames: [a, [b]]", "number 1"),

@@ -107,13 +107,18 @@ def summary(index: LabelIndex, imgsz: int) -> dict[str, Any]:
         "crowds": report.crowds,
         "boxes_per_image": {"mean": float(per_image.mean()), "max": int(per_image.max())},
         "image_sizes_hw": {name: ordered[i].tolist() for name, i in _picks(len(ordered)).items()},
-        "classes": dict(zip(map(str, index.names), counts, strict=True)),
+        "classes": dict(zip(_unlike(index.names), counts, strict=True)),
         "box_sizes": {"edges": [*EDGES[:-1], None], "original": _histogram(original), "network": _histogram(network)},
         "under_px": {str(px): int((shorter < px).sum()) for px in TINY},
         "counts": report.counts,
         "actions": report.actions,
         "problems": [vars(problem) for problem in report.problems],
     }
+
+
+def _unlike(names: Sequence[str]) -> list[str]:
+    """The class names, with their number where two are alike."""
+    return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names)]
 
 
 def _picks(n: int) -> dict[str, int]:

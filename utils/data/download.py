@@ -81,8 +81,11 @@ def _place(spec: DataSpec, entry: dict[str, str]) -> Path:
 
 
 def _check_source(spec: DataSpec, entry: dict[str, str]) -> None:
-    parts = urllib.parse.urlsplit(entry["url"])
     shown, digest = redact(entry["url"]), entry.get("sha256", "")
+    try:
+        parts = urllib.parse.urlsplit(entry["url"])
+    except ValueError:  # brackets that enclose no IPv6 address
+        parts = urllib.parse.urlsplit("")
     if parts.scheme not in ("https", "http") or not parts.hostname:
         raise UserError(f"{spec.yaml}: 'download.url: {shown}' is not a web address; expected https://...")
     if digest and (len(digest) != 64 or set(digest.lower()) - set("0123456789abcdef")):

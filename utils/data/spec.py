@@ -127,7 +127,7 @@ def _resolve_root(yaml: Path, value: Any) -> Path:
 
 def _paths(yaml: Path, root: Path, key: str, value: Any) -> tuple[Path, ...]:
     entries = value if isinstance(value, list) else [value]
-    for entry in entries:
+    for entry in entries or [""]:
         if not isinstance(entry, str) or not entry.strip() or "\0" in entry:
             raise UserError(f"{yaml}: '{key}: {value!r}' is not a path; expected a folder, a file, or a list of those")
     return tuple(normalize(root / os.path.expanduser(entry)) for entry in entries)
