@@ -119,6 +119,15 @@ def test_equal_names_get_files_of_their_own(tmp_path):
     assert len(list((tmp_path / "labels").iterdir())) == 5 == writer.files
 
 
+@pytest.mark.parametrize("video_first", [True, False])
+def test_a_video_and_its_frames_as_pictures_get_files_of_their_own(video_first, tmp_path):
+    writer = TextWriter(tmp_path, FORMS)
+    frames = [video(1, item=1), video(2, item=1), picture("cars_1.jpg", 2), picture("Cars_2.jpg", 3)]
+    for frame in frames if video_first else frames[::-1]:
+        writer.write(frame, some(1))
+    assert len(list((tmp_path / "labels").iterdir())) == 4
+
+
 def test_stems_are_stable_within_a_video():
     stems = Stems()
     assert [stems.of_frame(video(i, item)) for i, item in ((1, 1), (2, 1), (1, 2), (2, 2))] == [
@@ -178,6 +187,14 @@ def test_several_crops_of_one_class_are_numbered(tmp_path):
     CropWriter(tmp_path, NAMES).write(video(5), detections)
     names = sorted(p.name for p in (tmp_path / "crops" / "person").iterdir())
     assert names == ["cars_5.jpg", "cars_5_2.jpg", "cars_5_3.jpg"]
+
+
+def test_crops_of_pictures_with_numbered_names_do_not_replace_each_other(tmp_path):
+    detections = Detections(some(3).xyxy, np.ones(3), np.zeros(3, int), NAMES)
+    writer = CropWriter(tmp_path, NAMES)
+    for item, name in enumerate(["street.jpg", "street_2.jpg", "street_2_2.jpg"], 1):
+        writer.write(picture(name, item), detections)
+    assert len(list((tmp_path / "crops" / "person").iterdir())) == 9
 
 
 # ------------------------------------------------------------------------------------ pictures and videos

@@ -45,31 +45,47 @@ def refuse_overwrite(folder: Path, files: Sequence[Path]) -> None:
 
 
 class Stems:
-    """A file name for each item of a source, the same one each time, never one for two items."""
+    """A file name for each item of a source, the same one each time, never one for two items or their frames."""
 
     def __init__(self) -> None:
         self._taken: dict[str, int] = {}
         self._of_item: dict[int, str] = {}
+        self._sequences: set[str] = set()  # names of videos and streams
+        self._like_frames: set[str] = set()  # `cars` where a picture is called `cars_7`
 
     def of(self, frame: Frame) -> str:
-        """`street`, or `street_2` when an earlier item had that name (case ignored)."""
+        """`street`, or `street_2` when an earlier item had that name (case ignored), or a frame of one has."""
         if frame.item not in self._of_item:
-            stem = frame.stem
+            stem, picture = frame.stem, frame.kind == "image"
             count = self._taken.get(stem.lower(), 0)
-            while count and f"{stem}_{count + 1}".lower() in self._taken:
-                count += 1
             name = f"{stem}_{count + 1}" if count else stem
+            while self._clashes(name.lower(), picture):
+                count += 1
+                name = f"{stem}_{count + 1}"
             self._taken[stem.lower()] = count + 1
             self._taken.setdefault(name.lower(), 1)
-            if frame.kind == "image":
+            if picture:
+                self._like_frames.add(_without_number(name.lower()))
                 return name  # passes once: need not be remembered
+            self._sequences.add(name.lower())
             self._of_item[frame.item] = name
         return self._of_item[frame.item]
+
+    def _clashes(self, name: str, picture: bool) -> bool:
+        """Whether the name, or that of one of its frames, is an earlier item's or one of its frames'."""
+        frames = _without_number(name) in self._sequences if picture else name in self._like_frames
+        return name in self._taken or frames
 
     def of_frame(self, frame: Frame) -> str:
         """The same with the frame number behind it for videos and streams."""
         stem = self.of(frame)
         return stem if frame.kind == "image" else f"{stem}_{frame.index}"
+
+
+def _without_number(name: str) -> str:
+    """`cars` of `cars_7`, which a frame of `cars` would be called; an empty string for other names."""
+    stem, _, number = name.rpartition("_")
+    return stem if number.isdigit() else ""
 
 
 def encode_image(image: np.ndarray, suffix: str, quality: int = 95) -> bytes:
@@ -196,6 +212,7 @@ class CropWriter:
         self._classes = unique_names(list(names))
         self._gain, self._pad = gain, pad
         self._names = Stems()
+        self._taken: set[Path] = set()  # of pictures: the second of `street` has the name of the first of `street_2`
 
     def write(self, frame: Frame, result: Detections) -> None:
         stem = self._names.of_frame(frame)
@@ -203,9 +220,13 @@ class CropWriter:
         for i in range(len(result)):
             cls = int(result.cls[i])
             counts[cls] = counts.get(cls, 0) + 1
-            name = self._classes[cls] if cls < len(self._classes) else str(cls)
-            number = f"_{counts[cls]}" if counts[cls] > 1 else ""
-            path = self._folder / name / f"{stem}{number}.jpg"
+            folder = self._folder / (self._classes[cls] if cls < len(self._classes) else str(cls))
+            path = folder / (f"{stem}_{counts[cls]}.jpg" if counts[cls] > 1 else f"{stem}.jpg")
+            while path in self._taken:
+                counts[cls] += 1
+                path = folder / f"{stem}_{counts[cls]}.jpg"
+            if frame.kind == "image":
+                self._taken.add(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             cut = crop(frame.image, result.xyxy[i], self._gain, self._pad)
             path.write_bytes(encode_image(cut, ".jpg"))
