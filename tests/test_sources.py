@@ -162,6 +162,7 @@ def test_a_real_video_cut_short(shared_data, tmp_path, capsys):
         ("http://cam/video?user=me&password=secret", "http://cam/video"),
         ("https://cam/video#token=secret", "https://cam/video"),
         ("rtmp://host/app/secretkey", "rtmp://host/app/..."),
+        ("rtsp://cam:554/user=me&password=secret&channel=1/live", "rtsp://cam:554/.../live"),
         ("HTTP://u:secret@host/x", "http://host/x"),
         ("street.jpg", "street.jpg"),
         ("a@b.jpg", "a@b.jpg"),
@@ -174,7 +175,12 @@ def test_redaction(url, shown):
 
 @pytest.mark.parametrize(
     "spec",
-    ["ftp://me:secret@host/x", "https://me:secret@host/a.jpg?key=secret", ["rtsp://me:secret@host/x", "a.png"]],
+    [
+        "ftp://me:secret@host/x",
+        "https://me:secret@host/a.jpg?key=secret",
+        ["rtsp://me:secret@host/x", "a.png"],
+        "rtsp:/me:secret@host/x",
+    ],
 )
 def test_error_messages_do_not_show_passwords(spec, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -182,6 +188,12 @@ def test_error_messages_do_not_show_passwords(spec, tmp_path, monkeypatch):
     with pytest.raises(UserError) as error:
         open_source(spec)
     assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf")])
+def test_a_timeout_is_a_number_of_seconds(seconds):
+    with pytest.raises(UserError, match="--stream-timeout"):
+        open_source("rtsp://127.0.0.1:9/a", stream_timeout=seconds)
 
 
 def test_live_addresses_open_lazily_and_keep_secrets():

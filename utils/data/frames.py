@@ -70,8 +70,8 @@ def url_scheme(text: str) -> str:
     return match[1].lower() if match else ""
 
 
-def redact(text: str) -> str:
-    """A URL without user, password, query, fragment and RTMP stream key; other text unchanged.
+def bare_url(text: str) -> str:
+    """A URL without user, password, query and fragment; other text unchanged.
 
     Everything up to the last `@` goes, because passwords with `/`, `?` or `#` in them are common and nothing says
     where such a password ends.
@@ -81,9 +81,17 @@ def redact(text: str) -> str:
         return text
     rest = text[len(scheme) + 3 :].rpartition("@")[2]
     rest = re.split(r"[?#]", rest, maxsplit=1)[0]
-    if scheme.startswith("rtmp") and "/" in rest:
-        rest = rest.rpartition("/")[0] + "/..."
     return f"{scheme}://{rest}"
+
+
+def redact(text: str) -> str:
+    """A URL as it may be shown: bare, without RTMP stream key and path parts such as `user=me&password=secret`."""
+    scheme = url_scheme(text)
+    if not scheme:
+        return text
+    bare = re.sub(r"[^/]*=[^/]*", "...", bare_url(text))
+    key = scheme.startswith("rtmp") and bare.count("/") > 2
+    return bare.rpartition("/")[0] + "/..." if key else bare
 
 
 def safe_name(text: str, fallback: str = "unnamed") -> str:

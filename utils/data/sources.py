@@ -6,6 +6,7 @@ Live sources (cameras, network streams, the screen) have their own rooms, `strea
 import glob
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import cv2
 
 from utils.core.errors import UserError
 from utils.core.log import LOGGER
-from utils.data.frames import SCHEMES, Frame, Source, Tally, redact, url_scheme
+from utils.data.frames import SCHEMES, Frame, Source, Tally, bare_url, redact, url_scheme
 from utils.data.images import IMAGE_SUFFIXES, image_header, read_image
 from utils.data.screen import ScreenSource
 from utils.data.streams import StreamSource, finite_fps, quiet_decoder
@@ -37,6 +38,8 @@ def open_source(
     """
     if vid_stride < 1:
         raise UserError(f"--vid-stride {vid_stride}; expected 1 (every frame) or more")
+    if not 0 <= stream_timeout < math.inf:
+        raise UserError(f"--stream-timeout {stream_timeout:g}; expected seconds, or 0 to wait for ever")
     specs = [str(s) for s in spec] if isinstance(spec, Sequence) and not isinstance(spec, str) else [str(spec)]
     if specs and specs[0] == "screen":
         specs = [" ".join(specs)]
@@ -79,7 +82,10 @@ def _expand(text: str) -> list[str]:
         if not found:
             raise UserError(f"glob '{text}' matches no picture or video ({len(matches)} other entries match)")
         return found
-    raise UserError(f"source '{text}' not found; expected a file, folder, glob, URL or webcam number (in {Path.cwd()})")
+    shown = re.sub("^.*:.*@", "...@", text)  # a mistyped address can hold a password
+    raise UserError(
+        f"source '{shown}' not found; expected a file, folder, glob, URL or webcam number (in {Path.cwd()})"
+    )
 
 
 def _read_list(path: Path) -> list[str]:
@@ -105,7 +111,7 @@ def _checked_address(text: str) -> str:
     if not scheme:
         return text
     shown = redact(text)
-    host, _, tail = shown.partition("://")[2].partition("/")
+    host, _, tail = bare_url(text).partition("://")[2].partition("/")
     if scheme not in SCHEMES:
         raise UserError(f"source '{shown}' has scheme '{scheme}'; expected one of {', '.join(SCHEMES)}, or a path")
     if host.removeprefix("www.").removeprefix("m.") in ("youtube.com", "youtu.be"):
@@ -138,7 +144,7 @@ def _is_screen(text: str) -> bool:
 
 def _is_remote_file(text: str) -> bool:
     """A URL that names a video file: it has an end, so it is read as a video and not as a stream."""
-    return bool(url_scheme(text)) and _suffix(redact(text)) in VIDEO_SUFFIXES and url_scheme(text).startswith("http")
+    return bool(url_scheme(text)) and _suffix(bare_url(text)) in VIDEO_SUFFIXES and url_scheme(text).startswith("http")
 
 
 def _is_live(text: str) -> bool:
@@ -181,7 +187,7 @@ class FileSource:
 
     def _frames(self) -> Iterator[Frame]:
         for item, path in enumerate(self._paths, 1):
-            if _suffix(redact(path)) in VIDEO_SUFFIXES:
+            if _suffix(bare_url(path)) in VIDEO_SUFFIXES:
                 yield from self._video(path, item)
                 continue
             try:
