@@ -135,7 +135,8 @@ def build_runner(cfg: DetectConfig) -> Runner:
     names = load_data(cfg.data).names if cfg.data else None
     size = cfg.imgsz or None
     predictors = [load_predictor(w, device=device, half=cfg.half, names=names, imgsz=size) for w in cfg.weights]
-    runner = classifier(cfg, predictors) if predictors[0].task == "classify" else detector(cfg, predictors)
+    names_pictures = any(predictor.task == "classify" for predictor in predictors)
+    runner = classifier(cfg, predictors) if names_pictures else detector(cfg, predictors)
     runner.warm_up()
     return runner
 
@@ -162,7 +163,8 @@ def classifier(cfg: DetectConfig, predictors: list[Predictor]) -> PictureClassif
     given = next((flag for flag in about_boxes if getattr(cfg, flag)), None)
     if given or len(predictors) > 1:
         what = f"--{given.replace('_', '-')}" if given else "an ensemble"
-        raise UserError(f"'{cfg.weights[0]}' is a classifier, which finds no boxes: {what} cannot be used with it")
+        file = next(w for w, p in zip(cfg.weights, predictors, strict=True) if p.task == "classify")
+        raise UserError(f"'{file}' is a classifier, which finds no boxes: {what} cannot be used with it")
     return PictureClassifier(predictors[0], cfg.imgsz, cfg.batch_size)
 
 

@@ -154,9 +154,10 @@ def load_models(cfg: ValConfig, spec: DataSpec, dist: Dist) -> list[Any]:
         raise UserError("no --weights given; train.py writes runs/train/exp/weights/best.pt (no weights are shipped)")
     size = cfg.imgsz or None
     found = [load_predictor(w, device=dist.device, half=cfg.half, names=spec.names, imgsz=size) for w in cfg.weights]
-    if found[0].task != "detect" and (len(found) > 1 or cfg.task in ("speed", "study") or cfg.slice or cfg.augment):
+    classifier = next((w for w, model in zip(cfg.weights, found, strict=True) if model.task != "detect"), None)
+    if classifier and (len(found) > 1 or cfg.task in ("speed", "study") or cfg.slice or cfg.augment):
         raise UserError(
-            "the model is a classifier: val.py measures one at a time, with --task val, test or train and "
+            f"'{classifier}' is a classifier: val.py measures one at a time, with --task val, test or train and "
             "without --slice and --augment"
         )
     return found

@@ -253,7 +253,7 @@ def test_an_interrupt_keeps_what_was_found(tmp_path, monkeypatch, capsys):
     assert (report.save_dir / "synthetic.mp4").is_file() and "interrupted" in capsys.readouterr().out
 
 
-def test_a_classifier_names_pictures(pictures, tmp_path, capsys):
+def test_a_classifier_names_pictures(weights, pictures, tmp_path, capsys):
     torch.manual_seed(1)
     names = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]
     save_checkpoint(tmp_path / "c.pt", pack_model(build_model("resnet18", nc=7), names, 32))
@@ -270,7 +270,7 @@ def test_a_classifier_names_pictures(pictures, tmp_path, capsys):
     assert len((report.save_dir / "predictions.csv").read_text().splitlines()) == 16
     assert f"48x64 {best['name']} {best['confidence']:.2f}, " in capsys.readouterr().out
     assert (cv2.imread(str(report.save_dir / "a.png")) != cv2.imread(str(pictures / "a.png"))).any()
-    for wrong in ({"track": "sort"}, {"slice": 32}, {"save_crop": True}, {"weights": [tmp_path / "c.pt"] * 2}):
+    for wrong in ({"track": "sort"}, {"slice": 32}, {"save_crop": True}, {"weights": [weights, tmp_path / "c.pt"]}):
         with pytest.raises(UserError, match="is a classifier"):
             detect.run(**{"weights": tmp_path / "c.pt", "source": pictures, "device": "cpu", **wrong})
 

@@ -88,6 +88,7 @@ def test_thresholds_classes_and_max_det_reach_nms():
         ({"overlap": 1.0}, "--overlap"),
         ({"max_det": 0}, "--max-det"),
         ({"batch_size": 0}, "--batch-size"),
+        ({"slice_size": -1}, "--slice -1"),
         ({"classes": (2,)}, "--classes 2"),
         ({"imgsz": (0, 0)}, "--imgsz"),
     ],

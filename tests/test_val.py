@@ -250,6 +250,9 @@ def test_a_classifier_is_measured_too(tmp_path: Path, monkeypatch):
     assert report.metrics["top1"] == 1.0 and (report.save_dir / "metrics.json").exists()
     with pytest.raises(UserError, match="classifier"):
         val.run(weights="x.pt", data=tmp_path / "data", task="speed", project=tmp_path, **QUIET)
+    monkeypatch.setattr(val, "load_predictor", lambda path, **_: finder if path == "x.pt" else SquareFinder())
+    with pytest.raises(UserError, match="'x.pt' is a classifier"):
+        val.run(weights=["detector.pt", "x.pt"], data=tmp_path / "data", project=tmp_path, **QUIET)
 
 
 def test_acceptance_of_existing_predictions(shared_data: Path, tmp_path: Path):

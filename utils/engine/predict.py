@@ -75,7 +75,8 @@ def check_bounds(settings: object, **bounds: tuple[float, float]) -> None:
         value = getattr(settings, name)
         if not low <= value <= high:
             expected = f"{low} or more" if high == math.inf else f"a number from {low} to {high}"
-            raise UserError(f"--{name.replace('_', '-')} {value}; expected {expected}")
+            flag = "slice" if name == "slice_size" else name.replace("_", "-")
+            raise UserError(f"--{flag} {value}; expected {expected}")
 
 
 @dataclass
