@@ -4,6 +4,7 @@ python compare.py --weights yolov5n.pt spd-n.pt --data data/demo.yaml
 python compare.py --predictions a.json b.json --annotations instances.json --images images/
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from models.backends import load_predictor
+from models.backends import Predictor, load_predictor
 from utils.core.config import config_dict, config_from_kwargs, option, parse_config, run_cli
 from utils.core.device import select_device
 from utils.core.dist import Dist
@@ -22,14 +23,14 @@ from utils.data.frames import safe_name
 from utils.data.images import read_image
 from utils.data.index import build_index
 from utils.data.labels import POLICIES
-from utils.data.spec import load_data
-from utils.engine.bootstrap import Interval, paired_bootstrap
+from utils.data.spec import DataSpec, load_data
+from utils.engine.bootstrap import Interval, check_bootstrap, paired_bootstrap
 from utils.engine.classification import compare_classes, comparison_lines, validate_classifier
 from utils.engine.coco_eval import MetricSettings, Truth, coco_metrics, found_from_rows
 from utils.engine.coco_files import found_from_coco, truth_from_coco
 from utils.engine.comparison import comparison_table, judge, most_different, plot_bars, save_pairs
 from utils.engine.evaluation import EvalPlan, check_classes, evaluate
-from utils.engine.predict import combine
+from utils.engine.predict import check_bounds, combine
 from utils.engine.report import write_json
 from utils.engine.validate import ValSettings, detection_limit
 from utils.ops.metrics import Found
@@ -112,10 +113,19 @@ def from_files(cfg: CompareConfig) -> Sides:
     return Sides(truth, (a, b), read, lambda i: safe_name(Path(truth.file_names[i]).stem))
 
 
-def from_models(cfg: CompareConfig) -> Sides:
+def load_models(cfg: CompareConfig, spec: DataSpec) -> list[Predictor]:
+    """Both model files as predictors of one task."""
+    device, size = select_device(cfg.device), cfg.imgsz or None
+    found = [load_predictor(w, device=device, half=cfg.half, names=spec.names, imgsz=size) for w in cfg.weights]
+    if found[0].task != found[1].task:
+        one, other = (f"'{w}' is for the task {p.task}" for w, p in zip(cfg.weights, found, strict=True))
+        raise UserError(f"{one}, {other}; compare two of a kind")
+    return found
+
+
+def from_models(cfg: CompareConfig, spec: DataSpec, predictors: Sequence[Predictor]) -> Sides:
     """Both sides by running the models."""
-    dist = Dist.single(select_device(cfg.device))
-    spec = load_data(cfg.data)
+    dist = Dist.single(predictors[0].device)
     index = build_index(spec, cfg.task, policy=cfg.policy)
     if not len(index.cls):
         raise UserError(
@@ -124,11 +134,7 @@ def from_models(cfg: CompareConfig) -> Sides:
     metrics = MetricSettings.from_options(cfg)
     settings = ValSettings(max_det=detection_limit(cfg.max_det, metrics), metrics=metrics)
     found, truths = [], []
-    for path, label in zip(cfg.weights, labels_of(cfg), strict=True):
-        size = cfg.imgsz or None
-        predictor = load_predictor(path, device=dist.device, half=cfg.half, names=spec.names, imgsz=size)
-        if predictor.task != "detect":
-            raise UserError(f"{path} is a classifier; compare.py compares detectors")
+    for predictor, label in zip(predictors, labels_of(cfg), strict=True):
         check_classes(predictor, spec.names, spec.yaml.name)
         size = cfg.imgsz or list(predictor.imgsz or predictor.metadata.imgsz)
         plan = EvalPlan((size[0], size[-1]), cfg.batch_size, cfg.workers, True, cfg.slice, cfg.overlap)
@@ -159,18 +165,37 @@ def labels_of(cfg: CompareConfig) -> list[str]:
     return stems if stems[0] != stems[1] else [str(f) for f in files]
 
 
+def check(cfg: CompareConfig) -> None:
+    """UserError for options that cannot be, before any model runs."""
+    for_models = {"weights": cfg.weights, "max_det": cfg.max_det, "slice": cfg.slice, "augment": cfg.augment}
+    useless = for_models if cfg.predictions else {"annotations": cfg.annotations, "images": cfg.images}
+    for flag, value in useless.items():
+        if value:
+            where = "with --predictions; leave one of the two" if cfg.predictions else "without --predictions; leave it"
+            raise UserError(f"--{flag.replace('_', '-')} does nothing {where} out")
+    if len(cfg.predictions or cfg.weights) != 2:
+        count = len(cfg.predictions or cfg.weights)
+        raise UserError(f"{count} files given; expected two with --weights A B (or --predictions A B)")
+    if len(cfg.imgsz) > 2:
+        raise UserError(f"--imgsz {' '.join(map(str, cfg.imgsz))}; expected one number, or height and width")
+    check_bounds(cfg, pictures=(0, math.inf), **({} if cfg.conf is None else {"conf": (0, 1)}))
+    if cfg.replicates:
+        check_bootstrap(cfg.replicates, cfg.level)
+
+
 def compare(cfg: CompareConfig) -> CompareReport:
     """The whole comparison."""
+    check(cfg)
     files = cfg.predictions or cfg.weights
-    if cfg.predictions and (cfg.weights or cfg.max_det is not None):
-        flag = "--weights" if cfg.weights else "--max-det"
-        raise UserError(f"{flag} does nothing with --predictions; leave one of the two out")
-    if len(files) != 2:
-        raise UserError(f"{len(files)} files given; expected two with --weights A B (or --predictions A B)")
     names, settings = labels_of(cfg), MetricSettings.from_options(cfg)
-    if not cfg.predictions and load_predictor(files[0], imgsz=cfg.imgsz or None).task == "classify":
-        return compare_classifiers(cfg)
-    sides = from_files(cfg) if cfg.predictions else from_models(cfg)
+    if cfg.predictions:
+        sides = from_files(cfg)
+    else:
+        spec = load_data(cfg.data)
+        predictors = load_models(cfg, spec)
+        if predictors[0].task == "classify":
+            return compare_classifiers(cfg, spec, predictors)
+        sides = from_models(cfg, spec, predictors)
     truth, (a, b) = sides.truth, sides.found
     metrics_a, _ = coco_metrics(truth, a, settings)
     metrics_b, _ = coco_metrics(truth, b, settings)
@@ -210,15 +235,11 @@ def compare(cfg: CompareConfig) -> CompareReport:
     return CompareReport(folder, (metrics_a, metrics_b), intervals, tuple(pictures))
 
 
-def compare_classifiers(cfg: CompareConfig) -> CompareReport:
+def compare_classifiers(cfg: CompareConfig, spec: DataSpec, predictors: Sequence[Predictor]) -> CompareReport:
     """Two classifiers: accuracies, the images that only one of them gets right, and pictures of those."""
-    dist = Dist.single(select_device(cfg.device))
-    spec = load_data(cfg.data)
+    dist = Dist.single(predictors[0].device)
     results = []
-    for path in cfg.weights:
-        predictor = load_predictor(path, device=dist.device, half=cfg.half, names=spec.names, imgsz=cfg.imgsz or None)
-        if predictor.task != "classify":
-            raise UserError(f"{path} is a detector, {cfg.weights[0]} a classifier; compare two of a kind")
+    for predictor in predictors:
         size = cfg.imgsz[0] if cfg.imgsz else None
         result, index = validate_classifier(
             predictor, spec, dist, split=cfg.task, imgsz=size, batch_size=cfg.batch_size, workers=cfg.workers

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import compare
-from tests.squares import SquareFinder, dataset
+from tests.squares import NAMES, SquareFinder, dataset
 from tests.test_engine_coco_eval import random_case
 from utils.core.errors import UserError
 from utils.engine.bootstrap import image_weights, paired_bootstrap
@@ -128,12 +128,34 @@ def test_two_models_side_by_side(tmp_path: Path, capsys):
         ({"weights": ["a.pt"]}, "expected two"),
         ({"predictions": ["a", "b"]}, "--annotations"),
         ({"weights": ["a", "b"], "labels": ["x"]}, "--labels"),
+        ({"weights": ["a", "b"], "annotations": "t.json"}, "--annotations does nothing without --predictions"),
+        ({"weights": ["a", "b"], "images": "images"}, "--images does nothing without --predictions"),
+        ({"predictions": ["a", "b"], "annotations": "t.json", "slice": 640}, "--slice does nothing with --predictions"),
+        ({"weights": ["a", "b"], "imgsz": [64, 64, 64]}, "--imgsz 64 64 64"),
+        ({"weights": ["a", "b"], "conf": 7.0}, "--conf 7"),
+        ({"weights": ["a", "b"], "pictures": -1}, "--pictures -1"),
+        ({"weights": ["a", "b"], "level": 2.0}, "level 2"),
     ],
 )
 def test_mistakes_are_one_line(flags: dict, words: str):
     with pytest.raises(UserError) as e:
         compare.run(**flags)
     assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_model_files_are_read_once_with_all_that_the_options_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data, seen = dataset(tmp_path / "squares", images=2), []
+
+    def load(path, **options):
+        seen.append((path, options["names"], options["imgsz"], options["half"]))
+        return SquareFinder()
+
+    monkeypatch.setattr(compare, "load_predictor", load)
+    options = {"weights": ["a.onnx", "b.onnx"], "data": data, "project": tmp_path, "workers": 0, "replicates": 0}
+    compare.run(**options, imgsz=160, half=True, pictures=0)
+    assert [(path, list(names), *rest) for path, names, *rest in seen] == [
+        (path, list(NAMES), [160], True) for path in ("a.onnx", "b.onnx")
+    ]
 
 
 @pytest.mark.usefixtures("finders")

@@ -99,8 +99,7 @@ def paired_bootstrap(
 ) -> dict[str, Interval]:
     """Bootstrap intervals of the differences B - A. Metrics: `AP`, or `AP_` and a size range of the settings."""
     settings = settings or MetricSettings()
-    if replicates < 2 or not 0 < level < 1:
-        raise UserError(f"{replicates} replicates at level {level}; expected at least 2 and a level between 0 and 1")
+    check_bootstrap(replicates, level)
     draws = image_weights(len(truth), replicates, seed)
     out = {}
     for metric in metrics:
@@ -119,6 +118,12 @@ def paired_bootstrap(
         ranges = (_range(_centered(a_drawn, whole[0]), level), _range(_centered(b_drawn, whole[1]), level))
         out[metric] = Interval(metric, whole[0], whole[1], low, high, level, above, len(difference), *ranges)
     return out
+
+
+def check_bootstrap(replicates: int, level: float) -> None:
+    """UserError where no interval can come of it."""
+    if replicates < 2 or not 0 < level < 1:
+        raise UserError(f"{replicates} replicates at level {level}; expected at least 2 and a level between 0 and 1")
 
 
 def _centered(values: np.ndarray, measured: float) -> np.ndarray:
