@@ -142,12 +142,12 @@ class Export:
     def write(self, fmt: Format) -> Exported:
         """Writes, reads back and compares one format; a failure is reported, not raised, so that the others follow."""
         folder = Path(self.cfg.output) if self.cfg.output else self.weights.parent
-        folder.mkdir(parents=True, exist_ok=True)
         done = Exported(fmt, folder / (self.weights.stem + fmt.suffix.rstrip("/")))
         if self.cfg.int8 and not fmt.int8:
             done.failure = f"--int8 does not exist for {fmt.title}; it does for {', '.join(_int8_formats())}"
             return done
         try:
+            _make(folder)
             fmt.load_module().export(self._job(done.path))
             done.size_mb = size_mb(done.path)
             LOGGER.info(f"{fmt.title}: {done.path} ({done.size_mb:.1f} MB), {self._shapes()}")
@@ -229,7 +229,7 @@ def describe(loaded: LoadedModel, cfg: ExportConfig, nms: NmsSettings | None) ->
     size = pair(cfg.imgsz or meta.get("imgsz") or 640)
     stride = model.max_stride
     if min(size) < stride or any(v % stride for v in size):
-        near = sorted({max(v // stride, 1) * stride for v in size} | {-(-v // stride) * stride for v in size})
+        near = sorted({max(v // stride, 1) * stride for v in size} | {max(-(-v // stride), 1) * stride for v in size})
         raise UserError(f"--imgsz {size[0]} {size[1]} is not a multiple of the stride {stride}; usable nearby: {near}")
     return Metadata(
         names=tuple(loaded.names),
@@ -270,6 +270,14 @@ def measure_classifier(predictor: Predictor, spec: DataSpec) -> dict[str, float]
     """Top-1 and top-5 accuracy on the validation split."""
     result, _ = validate_classifier(predictor, spec, Dist.single(predictor.device))
     return {key: float(result.metrics[key]) for key in ("top1", "top5")}
+
+
+def _make(folder: Path) -> None:
+    """The folder to write to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"the folder '{folder}' cannot be made ({e.strerror}); choose another --output") from e
 
 
 def size_mb(path: Path) -> float:

@@ -93,6 +93,8 @@ def honest_copy(job):
         (["--int8", "--half"], "choose one precision"),
         (["--include", "torchscript", "--int8"], "does for onnx, openvino, engine"),
         (["--imgsz", "90"], "multiple of the stride 8"),
+        (["--imgsz", "0"], "usable nearby: [8]"),
+        (["--include", "torchscript", "--output", __file__], "choose another --output"),
         (["--batch-size", "0"], "expected 1 or more"),
         (["--source", "nowhere"], "no such file or folder"),
         (["--nms", "--conf", "2"], "expected thresholds within 0..1"),
