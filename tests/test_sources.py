@@ -180,6 +180,7 @@ def test_redaction(url, shown):
         "https://me:secret@host/a.jpg?key=secret",
         ["rtsp://me:secret@host/x", "a.png"],
         "rtsp:/me:secret@host/x",
+        "rtsp:/me:secret?@host/x",
     ],
 )
 def test_error_messages_do_not_show_passwords(spec, tmp_path, monkeypatch):

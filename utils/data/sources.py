@@ -76,13 +76,13 @@ def _expand(text: str) -> list[str]:
         return [text]
     if url_scheme(text) or text.isdigit() or _is_screen(text):
         return [_checked_address(text)]
+    shown = re.sub("^.*:.*@", "...@", text)  # a mistyped address can hold a password
     if glob.has_magic(text):
         matches = sorted(glob.glob(text, recursive=True))
         found = [m for m in matches if _suffix(m) in MEDIA_SUFFIXES and os.path.isfile(m)]
         if not found:
-            raise UserError(f"glob '{text}' matches no picture or video ({len(matches)} other entries match)")
+            raise UserError(f"glob '{shown}' matches no picture or video ({len(matches)} other entries match)")
         return found
-    shown = re.sub("^.*:.*@", "...@", text)  # a mistyped address can hold a password
     raise UserError(
         f"source '{shown}' not found; expected a file, folder, glob, URL or webcam number (in {Path.cwd()})"
     )
