@@ -43,6 +43,14 @@ def test_equals_the_slow_loop(agnostic, multi, shift):
     assert torch.equal(got[:, :4], torch.stack([b for _, _, b in expected]))
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_box_that_is_not_finite_does_not_save_the_others(value):
+    p = predictions()
+    broken = torch.cat((p, p[:, :1]), 1)
+    broken[0, -1, 2], broken[0, -1, 4:6] = value, 1
+    assert torch.equal(*(non_max_suppression(x, conf_thres=0.1)[0] for x in (p, broken)))
+
+
 def test_limits_classes_and_empty():
     p = predictions()
     full = non_max_suppression(p, conf_thres=0.01)[0]

@@ -24,8 +24,8 @@ def non_max_suppression(
 
     A row of the result is x1, y1, x2, y2, confidence, class, best first, float32. Confidence is objectness times class
     probability; with `multi_label` a box yields one candidate for each class above `conf_thres`, else its best class.
-    Candidates beyond the `max_candidates` best are dropped; equal scores keep their order, so the result does not
-    depend on the batch or the clock.
+    Boxes that are not finite and candidates beyond the `max_candidates` best are dropped; equal scores keep order,
+    so the result does not depend on the batch or the clock.
     """
     wanted = None if classes is None else torch.tensor(sorted(set(classes)), device=predictions.device)
     return [
@@ -44,7 +44,7 @@ def _one_image(
     max_det: int,
     max_candidates: int,
 ) -> Tensor:
-    p = p[p[:, 4] > conf_thres]
+    p = p[(p[:, 4] > conf_thres) & p[:, :4].isfinite().all(1)]  # one box without end would keep all others apart
     scores = p[:, 5:] * p[:, 4:5]
     if multi_label and scores.shape[1] > 1:
         row, cls = (scores > conf_thres).nonzero(as_tuple=True)
