@@ -120,7 +120,9 @@ def measure_predictions(cfg: ValConfig) -> ValReport:
     """--predictions and --annotations: no model, no images."""
     if not cfg.annotations:
         raise UserError("--predictions needs the ground truth: add --annotations INSTANCES.json")
-    refuse_flags(cfg, "--predictions", ("weights", "save_json", "save_txt", "conf_thres", "iou_thres", "max_det"))
+    flags = ["weights", "save_json", "save_txt", "conf_thres", "iou_thres", "max_det", "augment", "single_cls"]
+    flags += [flag for flag, given in (("slice", cfg.slice), ("task", cfg.task != "val")) if given]
+    refuse_flags(cfg, "--predictions", [*flags, "agnostic_nms"])
     settings = MetricSettings.from_options(cfg)
     truth = truth_from_coco(cfg.annotations, area_from=cfg.area_from, area_pixels=cfg.area_pixels)
     found = found_from_coco(cfg.predictions, truth)
@@ -321,6 +323,8 @@ def validate_with(cfg: ValConfig) -> ValReport:
         return measure_predictions(cfg)
     if cfg.task in ("speed", "study"):
         refuse_flags(cfg, f"--task {cfg.task}", ("save_json", "save_txt"))
+    if not cfg.sizes or min(cfg.sizes) < 1:
+        raise UserError(f"--sizes {' '.join(map(str, cfg.sizes))}; expected image sizes of at least 1 pixel")
     dist = Dist.start(cfg.device)
     quiet(dist.is_main)
     try:
