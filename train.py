@@ -101,6 +101,7 @@ def train(config: TrainConfig, dist: Dist, given: set[str]) -> TrainResult:
     if config.download:
         dist.main_first(lambda: fetch(spec))
         spec = load_data(config.data)  # class names may stand in what was fetched
+    spec.require("train")
     if checkpoint is not None and path is not None:
         hyp, folder = Hyp(**checkpoint["train"]["hyp"]), path.resolve().parent.parent
         loaded = unpack_model(checkpoint, path)

@@ -121,6 +121,46 @@ def test_a_class_that_training_lacks_is_refused(folder: Path) -> None:
         build_class_index(load_data(folder), "val")
 
 
+def test_what_lies_among_the_class_folders(folder: Path) -> None:
+    """A class called images, deeper folders, hidden files of other systems, stray files, an empty class."""
+    image = stripes(0, 8, np.random.default_rng(0))
+    for name in ("images/0.png", "wide/deep/er/0.png", "wide/._0.png", ".hidden/0.png", "stray.png"):
+        write(folder / "train" / name, image)
+    (folder / "train" / "nothing").mkdir()
+    index = build_class_index(load_data(folder), "train")
+    assert index.names == ("images", "middle", "narrow", "nothing", "wide")
+    assert np.bincount(index.labels).tolist() == [1, 12, 12, 0, 13]
+
+
+def test_tiny_imagenet_sorted_into_class_folders(folder: Path) -> None:
+    """The list of labels that is left over no longer counts; where it counts it may have a byte order mark."""
+    (folder / "val" / "val_annotations.txt").write_text("val_0.png\tnarrow\n")
+    assert len(build_class_index(load_data(folder), "val")) == 18
+    write(folder / "test" / "images" / "val_0.png", np.zeros((8, 8, 3), np.uint8))
+    for text, count in (("\ufeffval_0.png\tnarrow\n".encode(), 1), (b"val_0.png\tna\xe9\n", 0)):
+        (folder / "test" / "val_annotations.txt").write_bytes(text)
+        if count:
+            assert build_class_index(load_data(folder), "test").labels.tolist() == [1]
+        else:
+            with pytest.raises(UserError, match="is not one of the 3 classes"):
+                build_class_index(load_data(folder), "test")
+
+
+def test_folders_that_are_not_there(folder: Path, tmp_path: Path) -> None:
+    """A list file is no class folder; without train/ the folders of val/ give the classes; missing data are named."""
+    (tmp_path / "list.txt").write_text("x.png\n")
+    for split in ("train", "val"):
+        yaml = {"path": "data", "format": "folder", "train": "train", "val": "val", split: "../list.txt", "nc": 3}
+        dump_yaml(tmp_path / "d.yaml", yaml)
+        with pytest.raises(UserError, match="list.txt; expected a folder with one folder per class"):
+            build_class_index(load_data(tmp_path / "d.yaml"), split)
+    dump_yaml(tmp_path / "d.yaml", {"path": "data", "format": "folder", "train": "no", "val": "val", "nc": 3})
+    assert build_class_index(load_data(tmp_path / "d.yaml"), "val").names == ("middle", "narrow", "wide")
+    dump_yaml(tmp_path / "d.yaml", {"path": "data", "format": "folder", "train": "no", "val": "val"})
+    with pytest.raises(UserError, match="data/no, which does not exist"):
+        train.run(cfg="models/resnet18.yaml", data=tmp_path / "d.yaml", device="cpu", project=str(tmp_path))
+
+
 def test_cifar_is_read_by_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The published archive's layout; files whose checksum is another than the published one are refused."""
     import hashlib
@@ -422,9 +462,13 @@ def test_what_makes_no_sense_is_refused(options: dict, message: str, folder: Pat
         train.run(**{**base, **options})
 
 
-def test_another_class_count_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_another_class_count_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And class names in another order are said: the accuracy would be that of other classes."""
     from models.backends.pytorch import PyTorchPredictor
 
+    predictor = PyTorchPredictor(build_model(str(small_cfg(tmp_path)), nc=3), ["narrow", "middle", "wide"], imgsz=16)
+    validate_classifier(predictor, load_data(folder), DIST)
+    assert "2 class names differ between model and" in "".join(capsys.readouterr())
     predictor = PyTorchPredictor(build_model(str(small_cfg(tmp_path)), nc=2), ["a", "b"], imgsz=16)
     with pytest.raises(UserError, match="the model has 2 classes"):
         validate_classifier(predictor, load_data(folder), DIST)

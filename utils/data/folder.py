@@ -58,6 +58,10 @@ def build_class_index(spec: DataSpec, split: str) -> ClassIndex:
     files: list[Path] = []
     labels: list[int] = []
     for folder in folders:
+        if not folder.is_dir():
+            raise UserError(
+                f"{spec.yaml}: '{split}' names the file {folder}; expected a folder with one folder per class"
+            )
         kind = cifar_kind(folder)
         if kind:
             return _cifar(spec, folder, kind, train=split == "train")
@@ -75,8 +79,9 @@ def build_class_index(spec: DataSpec, split: str) -> ClassIndex:
 
 def class_keys(spec: DataSpec) -> dict[str, int]:
     """Class number by folder name; folders match the data YAML's names where they carry them, else by their order."""
-    folders = list(spec.splits.get("train") or spec.splits.get("val") or ())
-    found = sorted({entry.name for f in folders if f.is_dir() for entry in f.iterdir() if _is_class_folder(entry)})
+    declared = [list(spec.splits.get(split, ())) for split in ("train", "val")]
+    folders = next(([f for f in places if f.is_dir()] for places in declared if any(f.is_dir() for f in places)), [])
+    found = sorted({entry.name for f in folders if not _annotation_file(f) for entry in _class_entries(f)})
     if not found or set(found) <= set(spec.names):
         return {name: number for number, name in enumerate(spec.names)}
     if len(found) != spec.nc:
@@ -110,23 +115,25 @@ def _few(names: Sequence[str] | dict[str, int]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def _is_class_folder(entry: Path) -> bool:
-    return entry.is_dir() and not entry.name.startswith(".") and entry.name != "images"
+def _class_entries(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _class_folders(folder: Path) -> list[tuple[Path, str]]:
     """(image, class folder's name), sorted; images may lie deeper in their class folder (Tiny ImageNet's `images/`)."""
     found = []
-    for entry in sorted(folder.iterdir()):
-        if _is_class_folder(entry):
-            images = sorted(p for p in entry.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-            found += [(path, entry.name) for path in images]
+    for entry in _class_entries(folder):
+        images = (p for p in entry.rglob("[!.]*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        found += [(path, entry.name) for path in sorted(images)]
     return found
 
 
 def _annotation_file(folder: Path) -> Path | None:
-    """Tiny ImageNet's label file, in the folder or beside its `images` folder."""
-    return next((p for p in (folder / ANNOTATIONS, folder.parent / ANNOTATIONS) if p.is_file()), None)
+    """Tiny ImageNet's label file, in the folder or beside its `images` folder; None where class folders took over."""
+    if any(entry.name != "images" for entry in _class_entries(folder)):
+        return None
+    places = (folder, folder.parent) if folder.name == "images" else (folder,)
+    return next((place / ANNOTATIONS for place in places if (place / ANNOTATIONS).is_file()), None)
 
 
 def _annotated(folder: Path) -> list[tuple[Path, str]]:
@@ -135,7 +142,7 @@ def _annotated(folder: Path) -> list[tuple[Path, str]]:
     assert table is not None
     images = folder / "images" if (folder / "images").is_dir() else folder
     found = []
-    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(table.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
         row = line.split("\t")
         if not line.strip():
             continue

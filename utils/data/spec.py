@@ -89,7 +89,7 @@ def load_data(path: str | Path) -> DataSpec:
     kind = _format(path, data.get("format"), annotations)
     names = _own_names(kind, splits, annotations) if data.get("names") is None else ()
     names = _names(path, data.get("names"), data.get("nc"), names)
-    if not names and kind != "coco":  # a COCO file that is yet to be fetched will name them
+    if not names and kind not in ("coco", "folder"):  # a COCO file or folders that are yet to be fetched will name them
         raise UserError(f"{path}: 'names:' is missing; expected a list of names, or a mapping from number to name")
     download, note = _download(path, data.get("download"))
     return DataSpec(
@@ -167,7 +167,8 @@ def _own_names(kind: str, splits: Mapping[str, Any], annotations: Mapping[str, A
         from utils.data.coco import category_names
 
         return category_names(file for split in SPLITS for file in annotations.get(split, ()))
-    return _class_folders(next(iter(splits.values()))[0]) if kind == "folder" else ()
+    folders = next(iter(splits.values())) if kind == "folder" else ()
+    return tuple(sorted({name for folder in folders for name in _class_folders(folder)}))
 
 
 def _names(yaml: Path, value: Any, nc: Any, own: tuple[str, ...]) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from utils.core.hyp import Hyp
 from utils.data.folder import ClassDataset, ClassIndex, build_class_index, center_crop
 from utils.data.loader import Batch, EvalLoader
 from utils.data.spec import DataSpec
+from utils.engine.evaluation import check_classes
 from utils.engine.pictures import mosaic, save_picture, titled
 from utils.engine.plots import figure, save
 from utils.engine.report import write_json
@@ -125,11 +126,7 @@ def validate_classifier(
 ) -> tuple[ClassResult, ClassIndex]:
     """Measure any classifying predictor (a model file of any format) on a split of a data set."""
     index = dist.main_first(lambda: build_class_index(spec, split))
-    names = tuple(predictor.names)
-    if len(names) != len(index.names):
-        raise UserError(
-            f"the model has {len(names)} classes but {spec.yaml} has {len(index.names)}; give the data of its training"
-        )
+    check_classes(predictor, index.names, str(spec.yaml))
     dataset = ClassDataset(index, imgsz or predictor.metadata.imgsz[0], Hyp(), augment=False)
     loader = EvalLoader(dataset, batch_size, workers=workers, rank=dist.rank, world_size=dist.world_size)  # type: ignore[arg-type]
     try:
