@@ -120,12 +120,26 @@ def test_unreadable_files_are_refused_in_one_line(fmt, tmp_path):
         load_predictor(path)
 
 
-def test_an_onnx_file_of_another_tool(model, fixed, tmp_path):
-    onnx = pytest.importorskip("onnx")
-    path = tmp_path / "best.onnx"
-    graph = onnx.load(fixed("onnx").path)
-    del graph.metadata_props[:]
-    onnx.save(graph, path)
+def without_metadata(fmt, job, folder):
+    """A copy of an exported file as another tool would have written it."""
+    path = folder / f"best{FORMATS[fmt].suffix.rstrip('/')}"
+    if fmt == "onnx":
+        onnx = pytest.importorskip("onnx")
+        graph = onnx.load(job.path)
+        del graph.metadata_props[:]
+        onnx.save(graph, path)
+    else:
+        ov = pytest.importorskip("openvino")
+        path.mkdir()
+        ov.save_model(ov.Core().read_model(next(job.path.glob("*.xml"))), path / "best.xml", compress_to_fp16=False)
+        text = (path / "best.xml").read_text(encoding="utf-8")
+        (path / "best.xml").write_text(text.replace("<yolov5_spd ", "<other "), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("fmt", ["onnx", "openvino"])
+def test_a_file_of_another_tool(fmt, model, fixed, tmp_path):
+    path = without_metadata(fmt, fixed(fmt), tmp_path)
     with pytest.raises(UserError, match="--data DATA.yaml and --imgsz"):
         load_predictor(path)
     with pytest.raises(UserError, match="--imgsz 64 96"):

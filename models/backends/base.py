@@ -6,8 +6,8 @@ A predictor is a callable from images to raw predictions, whatever runs it. Dete
 
 import importlib.util
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeGuard, TypeVar
 
 import torch
@@ -99,6 +99,26 @@ def given_metadata(source: str, names: Sequence[str] | None, imgsz: int | Sequen
             "give --data DATA.yaml and --imgsz N, or export the file with export.py"
         )
     return Metadata(names=tuple(names), imgsz=pair(imgsz))
+
+
+def foreign_metadata(
+    source: str,
+    names: Sequence[str] | None,
+    imgsz: int | Sequence[int] | None,
+    shape: Sequence[int | None],
+    outputs: Mapping[str, Sequence[int | None]],
+) -> Metadata:
+    """The same for a file whose graph says what it takes and gives: the shapes (None: any size) are compared."""
+    metadata = given_metadata(source, names, imgsz)
+    free_batch, free_hw = shape[0] is None, None in shape[2:]
+    dynamic = ("all" if free_hw else "batch") if free_batch else ("hw" if free_hw else None)
+    if not free_hw and tuple(shape[2:]) != metadata.imgsz:
+        raise UserError(f"{source}: takes images of {shape[2]}x{shape[3]}; give --imgsz {shape[2]} {shape[3]}")
+    values = len(metadata.names) + 5
+    if [len(s) for s in outputs.values()] != [3] or next(iter(outputs.values()))[2] not in (values, None):
+        shapes = ", ".join(f"{name} {list(s)}" for name, s in outputs.items())
+        raise UserError(f"{source}: outputs {shapes}; expected one of [batch, anchors, {values}] for these names")
+    return replace(metadata, dynamic=dynamic, batch=shape[0] or 1)
 
 
 def need(*packages: str, what: str) -> None:

@@ -1,7 +1,6 @@
 """ONNX: the exchange format, run by ONNX Runtime. int8 is static QDQ with the head left in float."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.backends.base import METADATA_KEY, Metadata, Predictor, given_metadata, need, rows_from_padded
+from models.backends.base import METADATA_KEY, Metadata, Predictor, foreign_metadata, need, rows_from_padded
 from models.backends.graph import ExportJob
 from models.backends.onnx_graph import append_nms, build_graph, last_convolutions, set_metadata
 from utils.core.errors import UserError
@@ -134,14 +133,9 @@ def _providers(device: torch.device) -> list[Any]:
 
 def _foreign(session: Any, path: Path, names: Sequence[str] | None, imgsz: int | Sequence[int] | None) -> Metadata:
     """Metadata for a file of another tool, from what the user gives and what the graph says about its shapes."""
-    metadata = given_metadata(str(path), names, imgsz)
-    shape, outputs = session.get_inputs()[0].shape, session.get_outputs()
-    free_batch, free_hw = not isinstance(shape[0], int), not all(isinstance(v, int) for v in shape[2:])
-    dynamic = ("all" if free_hw else "batch") if free_batch else ("hw" if free_hw else None)
-    if not free_hw and tuple(shape[2:]) != metadata.imgsz:
-        raise UserError(f"{path}: takes images of {shape[2]}x{shape[3]}; give --imgsz {shape[2]} {shape[3]}")
-    values = len(metadata.names) + 5
-    if len(outputs) != 1 or len(outputs[0].shape) != 3 or outputs[0].shape[2] not in (values, None):
-        shapes = ", ".join(f"{o.name} {o.shape}" for o in outputs)
-        raise UserError(f"{path}: outputs {shapes}; expected one of [batch, anchors, {values}] for these names")
-    return replace(metadata, dynamic=dynamic, batch=1 if free_batch else shape[0])
+
+    def sizes(entry: Any) -> list[int | None]:
+        return [size if isinstance(size, int) else None for size in entry.shape]
+
+    outputs = {output.name: sizes(output) for output in session.get_outputs()}
+    return foreign_metadata(str(path), names, imgsz, sizes(session.get_inputs()[0]), outputs)

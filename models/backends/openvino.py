@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.backends.base import METADATA_KEY, Metadata, Predictor, given_metadata, need, rows_from_padded
+from models.backends.base import METADATA_KEY, Metadata, Predictor, foreign_metadata, need, rows_from_padded
 from models.backends.graph import ExportJob
 from models.backends.onnx_graph import build_graph
 from utils.core.errors import UserError
@@ -114,13 +114,19 @@ def load(
     if model.has_rt_info([METADATA_KEY]):
         metadata = Metadata.from_json(str(model.get_rt_info([METADATA_KEY]).astype(str)), str(path))
     else:
-        metadata = given_metadata(str(path), names, imgsz)
+        outputs = {f"output{i}": _sizes(output) for i, output in enumerate(model.outputs)}
+        metadata = foreign_metadata(str(path), names, imgsz, _sizes(model.inputs[0]), outputs)
     config = {
         "INFERENCE_PRECISION_HINT": _precision(core, half),
         PROFILE: "LATENCY",
         "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
     }
     return OpenVinoPredictor(core.compile_model(model, "CPU", config), metadata, device)
+
+
+def _sizes(port: Any) -> list[int | None]:
+    """The shape of an input or output, None where any size will do."""
+    return [None if size.is_dynamic else size.get_length() for size in port.get_partial_shape()]
 
 
 def _reason(error: RuntimeError) -> str:
