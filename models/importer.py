@@ -57,8 +57,7 @@ def import_legacy(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], 
         raise UserError(f"'{path}' holds a {record.kind}; expected a YOLOv5 detector (models.yolo.Model) with its yaml")
     modules = dict(_walk(record, file.path))
     cfg = _configuration(record, modules, file)
-    _affordable(cfg, file.path)
-    model = DetectionModel(cfg)
+    model = _build(cfg, file.path)
     state = _state(modules, model, file)
     _same_function(modules, model, file.path)
     names = _names(record.state.get("names"), model.nc)
@@ -139,6 +138,18 @@ def _configuration(record: Foreign, modules: dict[str, Foreign], file: LegacyFil
     if activation != "nn.SiLU()":
         cfg["activation"] = activation
     return cfg
+
+
+def _build(cfg: dict[str, Any], path: Path) -> DetectionModel:
+    """The network of a description, which may give a layer what torch does not take."""
+    try:
+        _affordable(cfg, path)
+        return DetectionModel(cfg)
+    except UserError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"'{path}' is refused: its description gives no network ({reason})") from error
 
 
 def _affordable(cfg: dict[str, Any], path: Path) -> None:

@@ -190,9 +190,14 @@ def edit_nc(root: Any) -> None:
     root._modules["model"]._modules["7"].nc = [1]
 
 
+def edit_anchors(root: Any) -> None:
+    root.yaml["head"][0][3][1] = float("inf")
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
+        (edit_anchors, "its description gives no network"),
         (edit_stride, "model.1.conv has stride"),
         (edit_eps, "model.1.bn has eps"),
         (edit_act, "mixes activations"),
