@@ -198,6 +198,16 @@ def test_pauses_grow_and_stay_bounded(monkeypatch):
     assert pauses[0] == pytest.approx(0.05, abs=0.04) and pauses[1] > pauses[0] and pauses.max() < 0.3
 
 
+def test_frames_that_cannot_be_decoded_do_not_keep_a_stream_alive():
+    class Undecodable(FakeCapture):
+        def retrieve(self):
+            return False, np.zeros(0)
+
+    source = StreamSource(["0"], opener=lambda address: Undecodable(100), give_up=0.3)
+    with pytest.raises(UserError, match="no frame came"):
+        list(source.batches())
+
+
 class FakeScreen(types.ModuleType):
     """Stands in for `mss`: one monitor whose blue-green-red-alpha pixels are known."""
 

@@ -89,7 +89,8 @@ class _Reader(threading.Thread):
         self._changed = changed
         self._stop_event = threading.Event()
         self._newest: _Newest | None = None
-        self._count = 0
+        self._count = 0  # frames that came, the skipped ones too
+        self._pictures = 0
 
     def stop(self) -> None:
         self._stop_event.set()
@@ -102,11 +103,11 @@ class _Reader(threading.Thread):
     def run(self) -> None:
         pause, last = FIRST_PAUSE, time.monotonic()
         while not self._stop_event.is_set():
-            before = self._count
+            before = self._pictures
             self._read_connection()
             if self._stop_event.is_set():
                 break
-            if self._count > before:
+            if self._pictures > before:
                 pause, last = FIRST_PAUSE, time.monotonic()
             silent = time.monotonic() - last
             if self._give_up:
@@ -138,6 +139,7 @@ class _Reader(threading.Thread):
                 ok, image = capture.retrieve()
                 if not ok:
                     return
+                self._pictures += 1
                 newest = _Newest(image, self._count, time.time(), fps)
                 with self._changed:
                     self._newest = newest
