@@ -82,6 +82,7 @@ def candidates(name: str, imgsz: int, threads: int, formats: Sequence[str], fold
     runs: dict[str, Callable] = {
         BASELINE: published_layout(fresh(name)),
         "PyTorch": PyTorchPredictor(model, names, imgsz=imgsz),
+        "PyTorch bf16": PyTorchPredictor(model, names, imgsz=imgsz, half=True),
     }
     metadata = Metadata(tuple(names), (imgsz, imgsz), strides=tuple(model.strides), max_stride=model.max_stride)
     deployed = fuse(model)

@@ -65,9 +65,16 @@ def test_the_native_predictor_gives_the_boxes_of_the_model_and_leaves_it_alone(f
     assert predictor.names == list(NAMES) and predictor.strides == [4, 8] and predictor.metadata.imgsz == (64, 64)
 
 
-def test_half_on_the_cpu_runs_in_float32_and_says_so(capsys):
-    predictor = PyTorchPredictor(tiny_detector(), NAMES, half=True)
-    assert not predictor.half and "float32 on the CPU" in capsys.readouterr().out
+def test_half_on_the_cpu_computes_in_bfloat16_and_decodes_in_float32():
+    model, seen = tiny_detector().eval(), []
+    predictor = PyTorchPredictor(model, NAMES, half=True)
+    predictor.network.model[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    given = predictor(pictures())
+    assert seen == [torch.bfloat16] and given.dtype == torch.float32 and not predictor.half
+    with torch.no_grad():
+        expected = model.predict(pictures())
+    near = torch.isclose(given, expected, atol=2, rtol=0.02)
+    assert near.float().mean() > 0.99 and not torch.equal(given, expected)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -91,5 +98,6 @@ def test_the_benchmark_compares_like_with_like(capsys):
     argv = ["--models", "yolov5-spd-n", "--formats", "--imgsz", "64", "--rounds", "1", "--calls", "1"]
     assert inference.main(argv) == 0
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert set(result["ms"]["yolov5-spd-n"]) == set(result["ms"]["yolov5n"]) == {inference.BASELINE, "PyTorch"}
+    ways = {inference.BASELINE, "PyTorch", "PyTorch bf16"}
+    assert set(result["ms"]["yolov5-spd-n"]) == set(result["ms"]["yolov5n"]) == ways
     assert result["spd_to_plain"]["yolov5-spd-n"]["PyTorch"] > 0

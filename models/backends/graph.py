@@ -105,14 +105,14 @@ def output_names(metadata: Metadata) -> tuple[str, ...]:
     return ("output0",) if metadata.task == "detect" else ("logits",)
 
 
-def halve(model: nn.Module) -> None:
-    """Weights and statistics to float16 in place; the anchors of the head stay float32, as decoding does."""
+def shrink(model: nn.Module, dtype: torch.dtype = torch.float16) -> None:
+    """Weights and statistics to a 16-bit type in place; the anchors of the head stay float32, as decoding does."""
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.half()
+            parameter.data = parameter.data.to(dtype)
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point() and name != "anchors":
-                setattr(module, name, buffer.half())
+                setattr(module, name, buffer.to(dtype))
 
 
 class DeployGraph(nn.Module):
@@ -126,7 +126,7 @@ class DeployGraph(nn.Module):
         self.model = copy.deepcopy(model) if half else model
         self.half_inside = half
         if half:
-            halve(self.model)
+            shrink(self.model)
         self.nms = GraphNms(nms, model.nc) if nms is not None else None
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
