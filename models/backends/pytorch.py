@@ -20,8 +20,8 @@ class PyTorchPredictor(Predictor):
     """A network as predictor. The given model is left as it is: a fused (or plain) copy in evaluation mode runs.
 
     Channels-last memory is used on every device: it is the layout that oneDNN and cuDNN convolutions are fastest in.
-    `half` is float16 on a GPU and bfloat16 on the CPU, which is fast where the processor has avx512_bf16 or AMX. Boxes are
-    decoded in float32 even so, since float16 cannot hold coordinates above 512 px to a pixel.
+    `half` is float16 on a GPU and bfloat16 on the CPU, which is fast where the processor has avx512_bf16 or AMX. Boxes
+    are decoded in float32 even so, since float16 cannot hold coordinates above 512 px to a pixel.
     """
 
     def __init__(
