@@ -99,6 +99,8 @@ def detect(cfg: DetectConfig) -> DetectReport:
         raise UserError("no --weights given; train.py writes runs/train/exp/weights/best.pt (no weights are shipped)")
     if cfg.line_thickness < 1:
         raise UserError(f"--line-thickness {cfg.line_thickness}; expected 1 or more")
+    if cfg.save_conf and not cfg.save_txt:
+        raise UserError("--save-conf adds the confidence to the files of --save-txt; give that too")
     if cfg.view_img:
         require_gui()
     tracking = Tracking(cfg.track, cfg.conf_thres) if cfg.track else None

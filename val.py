@@ -322,7 +322,10 @@ def validate_with(cfg: ValConfig) -> ValReport:
             raise UserError("--annotations goes with --predictions RESULTS.json; with a model, use --data")
         return measure_predictions(cfg)
     if cfg.task in ("speed", "study"):
-        refuse_flags(cfg, f"--task {cfg.task}", ("save_json", "save_txt"))
+        idle = ("save_json", "save_txt", *(("imgsz",) if cfg.task == "study" else ()))
+        refuse_flags(cfg, f"--task {cfg.task}", idle)
+    if cfg.save_conf and not cfg.save_txt:
+        raise UserError("--save-conf adds the confidence to the files of --save-txt; give that too")
     if not cfg.sizes or min(cfg.sizes) < 1:
         raise UserError(f"--sizes {' '.join(map(str, cfg.sizes))}; expected image sizes of at least 1 pixel")
     dist = Dist.start(cfg.device)

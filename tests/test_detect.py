@@ -106,7 +106,7 @@ def test_batches_slices_augmentation_and_ensembles_run(weights, pictures, everyt
     for a, b in zip(one, other, strict=True):
         assert a["source"] == b["source"]
         assert np.allclose([x["xyxy"] for x in a["boxes"]], [x["xyxy"] for x in b["boxes"]], atol=0.05)
-    options = {**everything, "save_txt": False, "save_crop": False, "nosave": True}
+    options = {**everything, "save_txt": False, "save_conf": False, "save_crop": False, "nosave": True}
     for more in ({"slice": 32, "batch_size": 4}, {"augment": True}, {"weights": [weights, weights]}):
         assert detect.run(**{"weights": weights, "source": pictures, **options, **more}).frames == 3
 
@@ -156,6 +156,7 @@ def test_sources_are_never_overwritten(weights, pictures):
         (["--weights", "x.pt", "--source", "0", "--line-thickness", "0"], "--line-thickness 0"),
         (["--weights", "x.pt", "--source", "0", "--track", "deep"], "deep"),
         (["--weights", "x.pt", "--source", "a.png", "--view-img"], "--view-img needs"),
+        (["--weights", "x.pt", "--source", "a.png", "--save-conf"], "give that too"),
     ],
 )
 def test_mistakes_are_named_in_one_line(argv, words, tmp_path, monkeypatch):

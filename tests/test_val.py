@@ -209,6 +209,8 @@ def test_the_limit_of_nms_lets_through_what_is_counted(options: dict, limit: int
         ({"weights": [], "predictions": "a", "annotations": "b", "slice": 640}, "--slice does nothing"),
         ({"weights": [], "predictions": "a", "annotations": "b", "single_cls": True}, "--single-cls does nothing"),
         ({"weights": [], "predictions": "a", "annotations": "b", "task": "speed"}, "--task does nothing"),
+        ({"task": "study", "imgsz": [64]}, "--imgsz does nothing with --task study"),
+        ({"save_conf": True}, "--save-conf adds the confidence to the files of --save-txt"),
         ({"task": "study", "sizes": [64, -5]}, "--sizes 64 -5"),
         ({"annotations": "a.json"}, "--predictions"),
         ({"predictions": "a.json"}, "--annotations"),
