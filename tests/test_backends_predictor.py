@@ -26,7 +26,8 @@ class Counting(Predictor):
     def infer(self, images):
         self.shapes.append(tuple(images.shape))
         means = images.mean((1, 2, 3))
-        return [means[i].reshape(1, 1) for i in range(len(images))] if self.end2end else means[:, None, None]
+        rows = means[:, None, None].expand(-1, 1, 6)  # four sides, objectness, one class
+        return list(rows) if self.end2end else rows
 
 
 @pytest.mark.parametrize("nms", [None, {"max_det": 1}])
@@ -36,7 +37,12 @@ def test_a_fixed_batch_takes_any_number_of_images(nms, count):
     images = torch.rand(count, 3, 8, 8)
     given = predictor(images)
     assert len(given) == count and predictor.shapes == [(3, 3, 8, 8)] * -(-count // 3)
-    torch.testing.assert_close(torch.stack([g.reshape(()) for g in given]), images.mean((1, 2, 3)))
+    torch.testing.assert_close(torch.stack([g[0, 0] for g in given]), images.mean((1, 2, 3)))
+
+
+def test_a_model_of_other_classes_than_its_names_is_refused():
+    with pytest.raises(UserError, match=r"gives 8 values a row, which is not 5 \+ 1 class names; give the --data"):
+        PyTorchPredictor(tiny_detector(), NAMES[:1])(pictures())
 
 
 def test_fixed_and_free_axes():

@@ -165,7 +165,7 @@ class Predictor:
     def __call__(self, images: Tensor) -> Any:
         self._check(images)
         if self.batch is None or len(images) == self.batch:
-            return self.infer(images)
+            return self._checked(self.infer(images))
         parts = [self._padded(chunk, self.batch) for chunk in images.split(self.batch)]
         return sum(parts, []) if self.end2end else torch.cat(parts)
 
@@ -173,7 +173,17 @@ class Predictor:
         n = len(images)
         if n < batch:
             images = torch.cat((images, images.new_zeros(batch - n, *images.shape[1:])))
-        return self.infer(images)[:n]
+        return self._checked(self.infer(images))[:n]
+
+    def _checked(self, output: Any) -> Any:
+        """`output`, if it has a value for each class name; a file without metadata may have been given others."""
+        extra = 0 if self.task == "classify" else 5
+        if not self.end2end and output.shape[-1] != extra + len(self.names):
+            raise UserError(
+                f"the model gives {output.shape[-1]} values a row, which is not {extra} + {len(self.names)} class names; "
+                "give the --data that it was trained on"
+            )
+        return output
 
     def _check(self, images: Tensor) -> None:
         assert images.ndim == 4 and images.is_floating_point(), f"expected float [B, C, H, W], got {images.shape}"
