@@ -14,6 +14,7 @@ from utils.core.errors import UserError
 RESULTS = ROOT / "experiments" / "results.csv"
 DIFFERENCES = ROOT / "experiments" / "differences.csv"
 METRICS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "precision", "recall", "f1", "top1", "top5")
+IN_METRICS_JSON = {"precision": "P", "recall": "R", "f1": "F1"}  # the others are called the same
 RESULT_COLUMNS = (
     "experiment", "run", "model", "seed", "imgsz", "epochs", *METRICS, "parameters", "gflops", "train_minutes",
     "ms_per_image", "commit", "finished", "hardware", "software", "command",

@@ -97,7 +97,8 @@ class Runner:
     def metrics(folder: Path) -> dict[str, float]:
         """The columns of metrics.json that are recorded."""
         found = json.loads((folder / "val" / "metrics.json").read_text(encoding="utf-8"))
-        return {key: float(found[key]) for key in ledger.METRICS if found.get(key) is not None}
+        values = {key: found.get(ledger.IN_METRICS_JSON.get(key, key)) for key in ledger.METRICS}
+        return {key: float(value) for key, value in values.items() if value is not None}
 
     def costs(self, run: Run, folder: Path, val_args: Sequence[str]) -> dict[str, float]:
         """Parameters, GFLOPs at the run's size, and for detectors the latency of single images."""

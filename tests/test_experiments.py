@@ -146,6 +146,7 @@ def test_smoke_run_is_recorded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     (found,) = smoke(monkeypatch, tmp_path, *args)
     assert found["run"] == "yolov5n@160" and found["AP"] and found["ms_per_image"] and "train.py" in found["command"]
     assert int(found["parameters"]) > 1e6 and float(found["train_minutes"]) > 0
+    assert all(found[key] for key in ("precision", "recall", "f1"))
     assert smoke(monkeypatch, tmp_path, *args) == [found], "a recorded run is not run again"
 
 
