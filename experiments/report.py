@@ -61,7 +61,8 @@ def results_table(experiment: Experiment, rows: Sequence[Row]) -> str:
     """A row per run: accuracy as mean and spread over the seeds, and what it costs."""
     metrics = [m for m in ledger.METRICS if m in ("AP", "AP50", "AP_S", "top1", "f1") and numbers(rows, m)]
     metrics = metrics or ["AP", "AP50", "AP_S"]
-    head = ["run", "seeds", *("F1" if m == "f1" else m for m in metrics), "parameters", "GFLOPs", "training, min", "ms/image"]
+    titles = ["F1" if metric == "f1" else metric for metric in metrics]
+    head = ["run", "seeds", *titles, "parameters", "GFLOPs", "training, min", "ms/image"]
     lines = []
     for name in run_names(experiment):
         own = [row for row in rows if row["run"] == name]

@@ -180,8 +180,8 @@ class Predictor:
         extra = 0 if self.task == "classify" else 5
         if not self.end2end and output.shape[-1] != extra + len(self.names):
             raise UserError(
-                f"the model gives {output.shape[-1]} values a row, which is not {extra} + {len(self.names)} class names; "
-                "give the --data that it was trained on"
+                f"the model gives {output.shape[-1]} values a row, which is not {extra} + {len(self.names)} class "
+                "names; give the --data that it was trained on"
             )
         return output
 
