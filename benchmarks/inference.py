@@ -1,14 +1,16 @@
 """Latency of one image on the CPU: the published layout against this project's deployment, in every backend.
 
 The published layout is eager PyTorch as the authors' code runs it for inference: batch normalization folded, SPD as
-four slices and a concatenation, contiguous memory. Runs are interleaved in rounds, so that other load on the machine
-meets all candidates alike; a candidate's time is the median of its rounds' medians. The last line is JSON.
+four slices and a concatenation, contiguous memory. Each candidate has a process of its own, as in use, so that none
+lives in the memory that another has touched. They take turns in rounds, so that other load on the machine meets all
+alike; a candidate's time is the median of its rounds' medians. The last line is JSON.
 
 python benchmarks/inference.py --models yolov5-spd-n yolov5-spd-s --rounds 7
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import sys
@@ -16,9 +18,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -33,9 +36,10 @@ from models.backends.pictures import choose
 from models.backends.pytorch import PyTorchPredictor
 from models.fusion import fold_batch_norms, fuse
 from models.spd import SPD
+from utils.core.device import select_device
 
-Name = TypeVar("Name", str, tuple[str, str])
 BASELINE = "published layout"
+IN_PYTORCH = {BASELINE: False, "PyTorch": False, "PyTorch bf16": True}  # title -> in half precision
 PRECISIONS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8")}
 
 
@@ -75,16 +79,36 @@ def fresh(name: str, seed: int = 0) -> DetectionModel:
     return model.eval()
 
 
-def candidates(name: str, imgsz: int, threads: int, formats: Sequence[str], folder: Path) -> dict[str, Callable]:
-    """Every way to run a model, by name; the baseline first."""
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a model: the baseline, a checkpoint in PyTorch (no `path`), or an exported file."""
+
+    model: str
+    title: str
+    imgsz: int
+    threads: int
+    half: bool = False
+    path: Path | None = None
+
+    def open(self) -> Callable[[Tensor], Any]:
+        """What maps images to predictions, in this process."""
+        torch.set_num_threads(self.threads)
+        model = fresh(self.model)
+        if self.title == BASELINE:
+            return published_layout(model)
+        device = select_device("cpu")
+        if self.path is not None:
+            return load_predictor(self.path, device=device, half=self.half)
+        names = [str(i) for i in range(model.nc)]
+        return PyTorchPredictor(model, names, imgsz=self.imgsz, device=device, half=self.half)
+
+
+def candidates(name: str, imgsz: int, threads: int, formats: Sequence[str], folder: Path) -> list[Candidate]:
+    """Every way to run a model, the baseline first; exports the files that are not in `folder` yet."""
     model = fresh(name)
-    names = [str(i) for i in range(model.nc)]
-    runs: dict[str, Callable] = {
-        BASELINE: published_layout(fresh(name)),
-        "PyTorch": PyTorchPredictor(model, names, imgsz=imgsz),
-        "PyTorch bf16": PyTorchPredictor(model, names, imgsz=imgsz, half=True),
-    }
-    metadata = Metadata(tuple(names), (imgsz, imgsz), strides=tuple(model.strides), max_stride=model.max_stride)
+    names = tuple(str(i) for i in range(model.nc))
+    ways = [Candidate(name, title, imgsz, threads, half) for title, half in IN_PYTORCH.items()]
+    metadata = Metadata(names, (imgsz, imgsz), strides=tuple(model.strides), max_stride=model.max_stride)
     deployed = fuse(model)
     for fmt in formats:
         for precision in PRECISIONS.get(fmt, ("fp32",)):
@@ -94,26 +118,51 @@ def candidates(name: str, imgsz: int, threads: int, formats: Sequence[str], fold
                 facts = replace(metadata, precision=kind)
                 calibration = choose(facts, count=2) if kind == "int8" else None
                 FORMATS[fmt].load_module().export(ExportJob(deployed, facts, path, calibration=calibration))
-            try:
-                runs[f"{FORMATS[fmt].title} {precision}"] = load_predictor(path, half=precision == "bf16")
-            except ValueError as error:
-                print(f"{FORMATS[fmt].title} {precision}: {error}")
-    return runs
+            title = f"{FORMATS[fmt].title} {precision}"
+            ways.append(Candidate(name, title, imgsz, threads, precision == "bf16", path))
+    return ways
 
 
-def measure(runs: dict[Name, Callable], images: Tensor, rounds: int, calls: int) -> dict[Name, float]:
-    """Milliseconds per call of each candidate, interleaved."""
-    medians: dict[Name, list[float]] = {name: [] for name in runs}
+def serve(pipe: Connection, candidate: Candidate) -> None:
+    """Of a candidate's process: open it, say what is wrong or None, answer each number of calls by their median."""
+    images = torch.rand(1, 3, candidate.imgsz, candidate.imgsz, generator=torch.Generator().manual_seed(0))
+    try:
+        run = candidate.open()
+    except ValueError as error:
+        return pipe.send(str(error))
+    pipe.send(None)
+    while calls := pipe.recv():
+        times = []
+        for _ in range(calls):
+            start = time.perf_counter()
+            run(images)
+            times.append(1000 * (time.perf_counter() - start))
+        pipe.send(statistics.median(times))
+
+
+def measure(ways: Sequence[Candidate], rounds: int, calls: int) -> dict[tuple[str, str], float]:
+    """Milliseconds per call by (model, title); a candidate that this machine cannot run is named and left out."""
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[tuple[str, str], Connection] = {}
+    medians: dict[tuple[str, str], list[float]] = {}
+    for way in ways:
+        pipe, other = context.Pipe()
+        context.Process(target=serve, args=(other, way), daemon=True).start()
+        other.close()
+        problem = pipe.recv()
+        if problem is None:
+            pipes[way.model, way.title] = pipe
+        else:
+            print(f"{way.title}: {problem}")
     for round_number in range(rounds + 1):  # the first round warms up
-        for name, run in runs.items():
-            times = []
-            for _ in range(calls):
-                start = time.perf_counter()
-                run(images)
-                times.append(1000 * (time.perf_counter() - start))
+        for key, pipe in pipes.items():
+            pipe.send(calls)
+            median = pipe.recv()
             if round_number:
-                medians[name].append(statistics.median(times))
-    return {name: statistics.median(values) for name, values in medians.items()}
+                medians.setdefault(key, []).append(median)
+    for pipe in pipes.values():
+        pipe.send(0)
+    return {key: statistics.median(values) for key, values in medians.items()}
 
 
 def table(name: str, times: dict[str, float], plain: dict[str, float]) -> str:
@@ -156,19 +205,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", default="", help="folder for the exported files; they are reused")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    images = torch.rand(1, 3, args.imgsz, args.imgsz, generator=torch.Generator().manual_seed(0))
     machine = {**processor(), "threads": args.threads, "torch": torch.__version__, "imgsz": args.imgsz}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     result: dict[str, Any] = {"benchmark": "inference", "machine": machine, "ms": {}, "speedup": {}, "spd_to_plain": {}}
     with working_folder(args.keep) as folder:
         for name in args.models:
-            runs = candidates(name, args.imgsz, args.threads, args.formats, folder)
+            ways = candidates(name, args.imgsz, args.threads, args.formats, folder)
             plain_name = name.replace("-spd", "").replace("conv", "").replace("yolov5-", "yolov5")
-            own = {(name, key): run for key, run in runs.items()}
             if not args.no_plain and plain_name != name:
-                other = candidates(plain_name, args.imgsz, args.threads, args.formats, folder)
-                own |= {(plain_name, key): run for key, run in other.items()}
-            times = measure(own, images, args.rounds, args.calls)
+                ways += candidates(plain_name, args.imgsz, args.threads, args.formats, folder)
+            times = measure(ways, args.rounds, args.calls)
             ms, plain = ({key: t for (n, key), t in times.items() if n == which} for which in (name, plain_name))
             plain = plain if plain_name != name else {}
             print(table(name, ms, plain), flush=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from models.registry import layer
 
@@ -67,12 +68,20 @@ class Detect(nn.Module):
         """
         parts = []
         for raw, anchors, stride in zip(maps, self.anchors, self.strides, strict=True):
-            b, na, h, w, outputs = raw.shape
             probability = (raw if raw.dtype == torch.float64 else raw.float()).sigmoid()
-            xy, wh, scores = probability.split((2, 2, outputs - 4), -1)
-            x = torch.arange(w, device=raw.device, dtype=xy.dtype).view(1, 1, 1, w, 1).expand(1, 1, h, w, 1)
-            y = torch.arange(h, device=raw.device, dtype=xy.dtype).view(1, 1, h, 1, 1).expand(1, 1, h, w, 1)
-            xy = (xy * 2 - 0.5 + torch.cat((x, y), -1)) * stride
-            wh = (wh * 2) ** 2 * (anchors.to(xy.dtype) * stride).view(1, na, 1, 1, 2)
-            parts.append(torch.cat((xy, wh, scores), -1).reshape(b, na * h * w, outputs))
+            parts.append(_decode_level(probability, anchors.to(probability.dtype) * stride, stride))
         return torch.cat(parts, 1)
+
+
+def _decode_level(p: Tensor, anchors: Tensor, stride: int) -> Tensor:
+    """Probabilities [B, anchors, H, W, 5 + nc] and anchors [anchors, 2] in pixels -> [B, anchors * H * W, 5 + nc].
+
+    Centers are (2p - 0.5 + cell) * stride, sizes (2p)^2 * anchor, the rest stays p. Written as one polynomial with a
+    coefficient for every output, since slices of the large tensor would be copies in all runtimes.
+    """
+    b, na, h, w, outputs = p.shape
+    square = pad(4 * anchors.view(na, 1, 1, 2), (2, outputs - 4))
+    linear = pad(p.new_tensor((2 * stride, 2 * stride, 0, 0)), (0, outputs - 4), value=1.0)
+    columns, rows = ((torch.arange(n, device=p.device, dtype=p.dtype) - 0.5) * stride for n in (w, h))
+    x, y = pad(columns.view(w, 1), (0, outputs - 1)), pad(rows.view(h, 1, 1), (1, outputs - 2))
+    return torch.addcmul(linear, p, square).mul_(p).add_(x).add_(y).reshape(b, na * h * w, outputs)
