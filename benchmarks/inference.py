@@ -144,16 +144,15 @@ def measure(ways: Sequence[Candidate], rounds: int, calls: int) -> dict[tuple[st
     """Milliseconds per call by (model, title); a candidate that this machine cannot run is named and left out."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[tuple[str, str], Connection] = {}
-    medians: dict[tuple[str, str], list[float]] = {}
     for way in ways:
-        pipe, other = context.Pipe()
+        pipes[way.model, way.title], other = context.Pipe()
         context.Process(target=serve, args=(other, way), daemon=True).start()
         other.close()
-        problem = pipe.recv()
-        if problem is None:
-            pipes[way.model, way.title] = pipe
-        else:
-            print(f"{way.title}: {problem}")
+    for (model, title), problem in [(key, pipe.recv()) for key, pipe in pipes.items()]:
+        if problem is not None:
+            print(f"{title}: {problem}")
+            del pipes[model, title]
+    medians: dict[tuple[str, str], list[float]] = {}
     for round_number in range(rounds + 1):  # the first round warms up
         for key, pipe in pipes.items():
             pipe.send(calls)

@@ -12,7 +12,7 @@ from utils.data.dataset import DetectionDataset
 from utils.data.images import read_image
 from utils.data.mosaic import Frame
 from utils.data.objects import Objects
-from utils.data.order import aspect_order, batch_shape, before, epoch_order
+from utils.data.order import NEIGHBOURS, aspect_order, batch_shape, before, epoch_order, eval_batches
 from utils.ops.boxes import cxcywh_to_xyxy
 from utils.ops.letterbox import letterbox_geometry, letterbox_image
 
@@ -79,6 +79,21 @@ def test_batch_shapes_hold_every_image():
     assert batch_shape(np.array([[640, 480], [480, 640]]), 320, 32, 0.0) == (320, 320)
     assert batch_shape(np.array([[1, 10_000]]), 640, 32, 0.0) == (32, 640)
     assert aspect_order(np.array([[2, 1], [1, 2], [1, 1]])).tolist() == [1, 2, 0]
+
+
+def test_rectangles_of_validation_do_not_depend_on_the_batch_size():
+    shapes = np.random.default_rng(0).integers(100, 640, (101, 2))
+    shapes[:40] = 480, 640  # five groups of one rectangle, which fill larger batches
+    seen = []
+    for batch_size in (1, 3, NEIGHBOURS, 32):
+        batches = eval_batches(shapes, batch_size, 640, 32, 0.5)
+        indices = np.concatenate([b for b, _ in batches])
+        assert sorted(indices.tolist()) == list(range(101)) and max(len(b) for b, _ in batches) == batch_size
+        ratios = shapes / shapes.max(1, keepdims=True) * 640
+        assert all((ratios[b].max(0) <= hw).all() for b, hw in batches)
+        seen.append({int(i): hw for b, hw in batches for i in b})
+    assert all(rectangles == seen[0] for rectangles in seen)
+    assert eval_batches(shapes[:0], 4, 640, 32, 0.5) == []
 
 
 # ---------------------------------------------------------------------------------------------------- purity

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 from utils.core.errors import UserError
 from utils.data.augment import generator
 from utils.data.dataset import DetectionDataset, Sample
-from utils.data.order import ORDER, aspect_order, batch_shape, before, epoch_order
+from utils.data.order import ORDER, aspect_order, batch_shape, before, epoch_order, eval_batches
 from utils.ops.letterbox import Letterbox
 
 __all__ = ["Batch", "EvalLoader", "TrainLoader", "epoch_order"]
@@ -275,7 +275,7 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """All items once, in order (with `dataset.rect` by aspect ratio), in the batches that one process would form; batch
+    """All items once, in order (`eval_batches` where `dataset.rect`), in the batches that one process would form; batch
     b goes to rank b % world_size."""
 
     def __init__(
@@ -291,23 +291,23 @@ class EvalLoader:
     ) -> None:
         assert batch_size > 0 and 0 <= rank < world_size
         self.dataset, self.batch_size, self.rank, self.world_size = dataset, batch_size, rank, world_size
-        self.order = aspect_order(dataset.shapes) if dataset.rect else np.arange(len(dataset))
         self._pump = _Pump(dataset, workers, batch_size, start_method, timeout)
+        batches: list[tuple[np.ndarray, tuple[int, int] | None]]
+        if dataset.rect:
+            batches = [*eval_batches(dataset.shapes, batch_size, dataset.imgsz, dataset.stride, dataset.pad)]
+        else:
+            n = len(dataset)
+            batches = [(np.arange(i, min(i + batch_size, n)), None) for i in range(0, n, batch_size)]
+        starts = np.cumsum([0] + [len(indices) for indices, _ in batches])
+        positions = [np.arange(i, j) for i, j in zip(starts[:-1], starts[1:], strict=True)]
+        requests = [Request(0, at, *batch) for at, batch in zip(positions, batches, strict=True)]
+        self._requests = requests[rank::world_size]
 
     def __len__(self) -> int:
-        batches = -(-len(self.order) // self.batch_size)
-        return len(range(self.rank, batches, self.world_size))
-
-    def _request(self, step: int) -> Request:
-        dataset = self.dataset
-        positions = np.arange(step * self.batch_size, min((step + 1) * self.batch_size, len(self.order)))
-        indices = self.order[positions]
-        hw = batch_shape(dataset.shapes[indices], dataset.imgsz, dataset.stride, dataset.pad) if dataset.rect else None
-        return Request(0, positions, indices, hw)
+        return len(self._requests)
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = -(-len(self.order) // self.batch_size)
-        return self._pump.run(self._request(step) for step in range(self.rank, batches, self.world_size))
+        return self._pump.run(iter(self._requests))
 
     def close(self) -> None:
         self._pump.close()
