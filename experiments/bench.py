@@ -19,11 +19,15 @@ from utils.core.files import atomic_write, nearest
 from utils.core.log import LOGGER
 
 RECORD = ROOT / "experiments" / "benchmarks.jsonl"
-NAMES = ("train_step", "inference", "loader", "loader_memory", "index", "slices")
+NAMES = ("train_step", "coco_cost", "inference", "loader", "loader_memory", "index", "slices")
+COCO_MODELS = [f"yolov5{kind}{size}" for size in "nsml" for kind in ("", "-spd-")]
+COCO_COST = "--variants bf16 --imgsz 640 --batch-size 4 --rounds 3 --steps 1"
 
 
 def arguments(name: str) -> list[str] | None:
     """What a benchmark is called with; None where it needs data that is not here."""
+    if name == "coco_cost":
+        return ["--models", *COCO_MODELS, *COCO_COST.split()]
     if name != "slices":
         return []
     weights, data = data_root() / "weights" / "yolov5n.pt", data_root() / "coco-val200" / "coco-val200.yaml"
@@ -38,7 +42,7 @@ def measure(name: str) -> dict[str, Any] | None:
     if args is None:
         LOGGER.warning(f"{name}: skipped, needs the data sets of experiments/ (set YOLOV5_SPD_DATA)")
         return None
-    program = f"benchmarks/{name}.py"
+    program = f"benchmarks/{'train_step' if name == 'coco_cost' else name}.py"
     LOGGER.info(f"== {command(program, args)}")
     lines = []
     with subprocess.Popen([sys.executable, program, *args], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -49,7 +53,8 @@ def measure(name: str) -> dict[str, Any] | None:
     if process.returncode:
         raise UserError(f"{program} ended with code {process.returncode}")
     facts = {"commit": ledger.commit(), "finished": time.strftime("%Y-%m-%d %H:%M"), "hardware": ledger.hardware()}
-    return {**json.loads(lines[-1]), **facts, "software": ledger.software(), "command": command(program, args)}
+    facts |= {"software": ledger.software(), "command": command(program, args)}
+    return {**json.loads(lines[-1]), "benchmark": name, **facts}
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
@@ -66,6 +71,12 @@ def table(name: str, found: Mapping[str, Any]) -> tuple[list[str], list[list[str
         head = ["model", "layout", "images/s", "ratio", "peak MB"]
         return head, [
             [r["model"], r["variant"], f"{r['images_per_second']:.1f}", f"{r['ratio']:.2f}", f"{r['memory']:.0f}"]
+            for r in found["results"]
+        ]
+    if name == "coco_cost":
+        head = ["model", "images/s", "peak MB", "hours an epoch of COCO-2017"]
+        return head, [
+            [r["model"], f"{r['images_per_second']:.1f}", f"{r['memory']:.0f}", f"{r['epoch_hours']:.1f}"]
             for r in found["results"]
         ]
     if name == "inference":

@@ -7,7 +7,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,10 +182,10 @@ def coco_table(results: Sequence[Row]) -> str:
     return markdown(["model", "AP (paper)", "AP_S (paper)", "ms (paper)", "AP (here)", "AP_S (here)"], lines)
 
 
-def speed_block() -> str:
-    """What the benchmarks found, as recorded."""
+def speed_block(names: Collection[str]) -> str:
+    """What these benchmarks found, as recorded."""
     parts = []
-    for name, found in bench.read(bench.RECORD).items():
+    for name, found in ((n, f) for n, f in bench.read(bench.RECORD).items() if n in names):
         origin = f"`{found['command']}`, commit {found['commit']}, {found['hardware']}, {found['software']}"
         parts.append(f"{origin}\n\n{markdown(*bench.table(name, found))}")
     return "\n\n".join(parts) or "Not run: `make bench`."
@@ -253,7 +253,8 @@ def report(config: ReportConfig) -> Path:
     figures.mkdir(exist_ok=True)
     experiments = all_experiments()
     blocks: dict[str, Callable[[], str]] = {"coco2017": lambda: coco_table(results)}
-    blocks["speed"] = speed_block
+    blocks["coco_cost"] = lambda: speed_block(["coco_cost"])
+    blocks["speed"] = lambda: speed_block([name for name in bench.NAMES if name != "coco_cost"])
     blocks["missing"] = lambda: missing_block(experiments, results)
     for e in experiments:
         blocks[e.name] = lambda e=e: experiment_block(e, results, differences, figures)
