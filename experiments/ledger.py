@@ -17,7 +17,7 @@ METRICS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "precision", "recall", 
 IN_METRICS_JSON = {"precision": "P", "recall": "R", "f1": "F1"}  # the others are called the same
 RESULT_COLUMNS = (
     "experiment", "run", "model", "seed", "imgsz", "epochs", *METRICS, "parameters", "gflops", "train_minutes",
-    "ms_per_image", "commit", "finished", "hardware", "software", "command",
+    "commit", "finished", "hardware", "software", "command",
 )  # fmt: skip
 DIFFERENCE_COLUMNS = (
     "experiment", "a", "b", "seed", "metric", "a_value", "b_value", "difference", "low", "high", "commit", "finished",

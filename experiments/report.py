@@ -1,17 +1,19 @@
-"""Rebuild the tables and figures of docs/results.md, and the README's models; no number is typed by hand.
+"""Rebuild the tables and figures of the pages from what was recorded; no number is typed by hand.
 
 python -m experiments.report        (what `make results` runs)
 """
 
-import math
 import re
 import statistics
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from experiments import bench, ledger
+from experiments import bench, figures, ledger
+from experiments.bench_tables import TABLES
+from experiments.figures import Row, numbers
 from experiments.plans import ROOT, Experiment, all_experiments, command
 from utils.core.config import option, parse_config, run_cli
 from utils.core.errors import UserError
@@ -19,22 +21,35 @@ from utils.core.files import atomic_write
 from utils.core.log import LOGGER
 from utils.core.yamls import load_yaml
 
-Row = Mapping[str, str]
+
+LATENCY = "ms/image"
+MEASURED_COSTS = {"images_per_second": "training images/s", "memory": "training MB", "ms": LATENCY}
+SPEED = ("train_step", "inference", "loader", "loader_memory", "index", "slices")  # benchmarks of the page's last table
+PAGES = ("docs/results.md", "docs/conversion.md", "README.md")
 
 
 @dataclass(frozen=True)
 class ReportConfig:
     """Options of experiments.report."""
 
-    page: str = option("docs/results.md", "page whose blocks between `begin NAME` and `end NAME` are rewritten")
-    readme: str = option("README.md", "page with the table of models; empty: leave it")
+    output: str = option(str(ROOT), f"folder of the pages ({', '.join(PAGES)}) whose blocks are rewritten")
     results: str = option(str(ledger.RESULTS), "CSV of runs")
     differences: str = option(str(ledger.DIFFERENCES), "CSV of paired differences")
+    benchmarks: str = option(str(bench.RECORD), "results of the benchmarks, a line of JSON each")
 
 
-def numbers(rows: Sequence[Row], column: str) -> list[float]:
-    """The values of a column that are there."""
-    return [float(row[column]) for row in rows if row.get(column)]
+@dataclass(frozen=True)
+class Record:
+    """Everything that was measured."""
+
+    results: Sequence[Row]
+    differences: Sequence[Row]
+    benchmarks: Mapping[str, Mapping[str, Any]]
+
+    def costs(self, model: str, imgsz: str) -> Mapping[str, Any]:
+        """What the benchmark `costs` found for a network at a size; empty where it was not measured."""
+        rows = self.benchmarks.get("costs", {}).get("rows", ())
+        return next((r for r in rows if (r["model"], str(r["imgsz"])) == (model, imgsz)), {})
 
 
 def mean_spread(rows: Sequence[Row], column: str, digits: int = 3) -> str:
@@ -52,31 +67,42 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in body)
 
 
-def run_names(experiment: Experiment) -> list[str]:
-    """Names of the runs, each once, in the file's order."""
-    return list(dict.fromkeys(run.name for run in experiment.runs))
+def runs_of(experiment: Experiment, results: Sequence[Row]) -> dict[str, list[Row]]:
+    """The recorded rows by run, in the file's order; an empty list where nothing was run."""
+    rows = [row for row in results if row["experiment"] == experiment.name]
+    return {run.name: [row for row in rows if row["run"] == run.name] for run in experiment.runs}
 
 
-def results_table(experiment: Experiment, rows: Sequence[Row]) -> str:
+def cost_columns(runs: Mapping[str, Sequence[Row]], record: Record) -> dict[str, dict[str, float]]:
+    """What the runs that were carried out cost: {column: {run: value}}; columns without a value are left out."""
+    columns: dict[str, dict[str, float]] = {}
+    for name, rows in runs.items():
+        if not rows:
+            continue
+        measured = record.costs(rows[0]["model"], rows[0]["imgsz"])
+        known = {"GFLOPs": numbers(rows, "gflops")[0]}
+        known |= {title: measured[key] for key, title in MEASURED_COSTS.items() if key in measured}
+        for title, value in known.items():
+            columns.setdefault(title, {})[name] = value
+    return columns
+
+
+def results_table(runs: Mapping[str, Sequence[Row]], costs: Mapping[str, Mapping[str, float]]) -> str:
     """A row per run: accuracy as mean and spread over the seeds, and what it costs."""
-    metrics = [m for m in ledger.METRICS if m in ("AP", "AP50", "AP_S", "top1", "f1") and numbers(rows, m)]
+    every = [row for rows in runs.values() for row in rows]
+    metrics = [m for m in ledger.METRICS if m in ("AP", "AP50", "AP_S", "top1", "f1") and numbers(every, m)]
     metrics = metrics or ["AP", "AP50", "AP_S"]
-    titles = ["F1" if metric == "f1" else metric for metric in metrics]
-    head = ["run", "seeds", *titles, "parameters", "GFLOPs", "training, min", "ms/image"]
+    head = ["run", "seeds", *("F1" if metric == "f1" else metric for metric in metrics), "parameters", *costs]
     lines = []
-    for name in run_names(experiment):
-        own = [row for row in rows if row["run"] == name]
-        if not own:
+    for name, rows in runs.items():
+        if not rows:
             lines.append([name, "not run", *["–"] * (len(head) - 2)])
             continue
-        cells = [mean_spread(own, metric) for metric in metrics]
-        parameters = f"{numbers(own, 'parameters')[0]:,.0f}"
-        costs = [
-            f"{numbers(own, 'gflops')[0]:.2f}",
-            mean_spread(own, "train_minutes", 1),
-            mean_spread(own, "ms_per_image", 1),
-        ]
-        lines.append([name, str(len(own)), *cells, parameters, *costs])
+        cells = [mean_spread(rows, metric) for metric in metrics]
+        cells.append(f"{numbers(rows, 'parameters')[0]:,.0f}")
+        for title, values in costs.items():
+            cells.append(f"{values[name]:.{2 if title == 'GFLOPs' else 1}f}" if name in values else "–")
+        lines.append([name, str(len(rows)), *cells])
     return markdown(head, lines)
 
 
@@ -107,69 +133,21 @@ def provenance(rows: Sequence[Row]) -> str:
     return f"{facts}\n\n<details><summary>Commands</summary>\n\n```\n{commands}\n```\n</details>"
 
 
-def experiment_block(experiment: Experiment, results: Sequence[Row], differences: Sequence[Row], figures: Path) -> str:
-    """Everything about one experiment."""
-    rows = [row for row in results if row["experiment"] == experiment.name]
-    own = [row for row in differences if row["experiment"] == experiment.name]
-    parts = [f"**{experiment.question}**", results_table(experiment, rows), difference_table(experiment, own)]
-    if rows:
-        for draw in (draw_bars, draw_costs):
-            picture = draw(experiment, rows, figures)
-            if picture is not None:
-                parts.append(f"![{experiment.name}: {picture.stem}](figures/{picture.name})")
-    return "\n\n".join(part for part in (*parts, provenance(rows)) if part)
-
-
-def _axes(width: float, count: int = 1) -> tuple:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, 3.4), layout="constrained")
-    return figure, figure.subplots(1, count, squeeze=False)[0]
-
-
-def _main_metric(rows: Sequence[Row]) -> str:
-    return next((m for m in ("AP_S", "AP", "top1") if numbers(rows, m)), "AP")
-
-
-def draw_bars(experiment: Experiment, rows: Sequence[Row], folder: Path) -> Path | None:
-    """Bars of AP_S (or top-1), with a dot per seed: the paper's Fig. 1."""
-    metric = _main_metric(rows)
-    names = [name for name in run_names(experiment) if numbers([r for r in rows if r["run"] == name], metric)]
-    if not names:
-        return None
-    figure, (plot,) = _axes(max(4.0, 1.1 * len(names) + 1))
-    for x, name in enumerate(names):
-        values = numbers([row for row in rows if row["run"] == name], metric)
-        plot.bar(x, statistics.fmean(values), color="tab:green" if "spd" in name else "tab:gray", width=0.65)
-        plot.scatter([x] * len(values), values, color="black", s=10, zorder=3)
-    plot.set_xticks(range(len(names)), [n.replace("yolov5", "v5") for n in names], rotation=20, ha="right", fontsize=8)
-    plot.set_ylabel(metric)
-    path = folder / f"{experiment.name}_bars.png"
-    figure.savefig(path, dpi=120)
-    return path
-
-
-def draw_costs(experiment: Experiment, rows: Sequence[Row], folder: Path) -> Path | None:
-    """Accuracy against GFLOPs and against latency, the control among the points."""
-    metric = _main_metric(rows)
-    costs = [(column, label) for column, label in (("gflops", "GFLOPs"), ("ms_per_image", "ms per image, batch 1"))
-             if numbers(rows, column)]  # fmt: skip
-    if not costs:
-        return None
-    figure, plots = _axes(4.2 * len(costs), len(costs))
-    for plot, (column, label) in zip(plots, costs, strict=True):
-        for name in run_names(experiment):
-            own = [row for row in rows if row["run"] == name and row.get(metric) and row.get(column)]
-            if own:
-                place = statistics.fmean(numbers(own, column)), statistics.fmean(numbers(own, metric))
-                plot.scatter(*place, color="tab:green" if "spd" in name else "tab:gray", s=36)
-                plot.annotate(name.replace("yolov5", "v5"), place, (4, 4), textcoords="offset points", fontsize=7)
-        plot.set(xlabel=label, ylabel=metric)
-        plot.margins(0.2)
-        plot.grid(alpha=0.3)
-    path = folder / f"{experiment.name}_costs.png"
-    figure.savefig(path, dpi=120)
-    return path
+def experiment_block(experiment: Experiment, record: Record, folder: Path) -> str:
+    """Everything about one experiment; its figures are written to `folder`."""
+    runs = runs_of(experiment, record.results)
+    costs = cost_columns(runs, record)
+    own = [row for row in record.differences if row["experiment"] == experiment.name]
+    parts = [f"**{experiment.question}**", results_table(runs, costs), difference_table(experiment, own)]
+    drawn = {name: rows for name, rows in runs.items() if rows}
+    if drawn:
+        plotted = {title: values for title, values in costs.items() if title in ("GFLOPs", LATENCY)}
+        pictures = [
+            figures.bars(drawn, folder / f"{experiment.name}_bars.png"),
+            figures.accuracy_against(plotted, drawn, folder / f"{experiment.name}_costs.png"),
+        ]
+        parts += [f"![{experiment.name}: {path.stem}](figures/{path.name})" for path in pictures]
+    return "\n\n".join(part for part in (*parts, provenance([r for rows in runs.values() for r in rows])) if part)
 
 
 def coco_table(results: Sequence[Row]) -> str:
@@ -182,13 +160,17 @@ def coco_table(results: Sequence[Row]) -> str:
     return markdown(["model", "AP (paper)", "AP_S (paper)", "ms (paper)", "AP (here)", "AP_S (here)"], lines)
 
 
-def speed_block(names: Collection[str]) -> str:
+def benchmark_block(record: Record, *names: str) -> str:
     """What these benchmarks found, as recorded."""
     parts = []
-    for name, found in ((n, f) for n, f in bench.read(bench.RECORD).items() if n in names):
+    for name in names:
+        found = record.benchmarks.get(name)
+        if found is None:
+            parts.append(f"Not run: `python -m experiments.bench {name}`.")
+            continue
         origin = f"`{found['command']}`, commit {found['commit']}, {found['hardware']}, {found['software']}"
-        parts.append(f"{origin}\n\n{markdown(*bench.table(name, found))}")
-    return "\n\n".join(parts) or "Not run: `make bench`."
+        parts.append(f"{origin}\n\n{markdown(*TABLES[name](found))}")
+    return "\n\n".join(parts)
 
 
 def missing_block(experiments: Sequence[Experiment], results: Sequence[Row]) -> str:
@@ -236,32 +218,33 @@ def fill(page: str, blocks: Mapping[str, Callable[[], str]]) -> str:
     return page
 
 
-def write_page(path: Path, blocks: Mapping[str, Callable[[], str]]) -> None:
-    """Rewrite the blocks of a page in place."""
-    page = fill(path.read_text(encoding="utf-8"), blocks)
-    with atomic_write(path, "w") as file:
-        file.write(page)
-
-
-def report(config: ReportConfig) -> Path:
-    """Rewrite the page."""
-    if config.readme:
-        write_page(ROOT / config.readme, {"models": model_table})
-    path = ROOT / config.page
-    results, differences = ledger.read(Path(config.results)), ledger.read(Path(config.differences))
-    figures = path.parent / "figures"
-    figures.mkdir(exist_ok=True)
+def report(config: ReportConfig) -> list[Path]:
+    """Rewrite the blocks of all pages; returns the pages."""
+    root = Path(config.output)
+    record = Record(
+        ledger.read(Path(config.results)), ledger.read(Path(config.differences)), bench.read(Path(config.benchmarks))
+    )
+    folder = root / "docs" / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
     experiments = all_experiments()
-    blocks: dict[str, Callable[[], str]] = {"coco2017": lambda: coco_table(results)}
-    blocks["coco_cost"] = lambda: speed_block(["coco_cost"])
-    blocks["speed"] = lambda: speed_block([name for name in bench.NAMES if name != "coco_cost"])
-    blocks["missing"] = lambda: missing_block(experiments, results)
-    for e in experiments:
-        blocks[e.name] = lambda e=e: experiment_block(e, results, differences, figures)
-    write_page(path, blocks)
-    minutes = sum(value for value in numbers(results, "train_minutes") if not math.isnan(value))
-    LOGGER.info(f"{path}: {len(results)} runs, {minutes / 60:.1f} hours of training")
-    return path
+    results: dict[str, Callable[[], str]] = {
+        e.name: lambda e=e: experiment_block(e, record, folder) for e in experiments
+    }
+    results["coco2017"] = lambda: coco_table(record.results)
+    results["coco_cost"] = lambda: benchmark_block(record, "coco_cost")
+    results["costs"] = lambda: benchmark_block(record, "costs")
+    results["speed"] = lambda: benchmark_block(record, *SPEED)
+    results["missing"] = lambda: missing_block(experiments, record.results)
+    blocks: list[Mapping[str, Callable[[], str]]] = [
+        results, {"architectures": lambda: benchmark_block(record, "architectures")}, {"models": model_table},
+    ]  # fmt: skip
+    pages = [root / page for page in PAGES]
+    for path, own in zip(pages, blocks, strict=True):
+        text = fill(path.read_text(encoding="utf-8"), own)
+        with atomic_write(path, "w") as file:
+            file.write(text)
+    LOGGER.info(f"{len(record.results)} runs: {', '.join(map(str, pages))}")
+    return pages
 
 
 def main(argv: Sequence[str] | None = None) -> int:

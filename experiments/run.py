@@ -37,7 +37,6 @@ class RunConfig:
     list: bool = option(False, "show what is recorded and what is missing, run nothing")
     smoke: bool = option(False, "one tiny epoch of everything on drawn data; records nothing in the repository")
     project: str = option("runs/experiments", "folder of the runs")
-    speed_runs: int = option(50, "timed images of the latency measurement; 0: none")
 
 
 class Runner:
@@ -55,7 +54,7 @@ class Runner:
         return {(row["experiment"], row["run"], row["seed"]) for row in ledger.read(self.results)}
 
     def carry_out(self, run: Run) -> None:
-        """Train (or continue), validate, time, record."""
+        """Train (or continue), validate, record."""
         folder = run.folder(self.project)
         folder.mkdir(parents=True, exist_ok=True)
         (program, make_args), val_args = run.make(self.project), run.val_args(self.project)
@@ -70,7 +69,7 @@ class Runner:
         row = {
             "experiment": run.experiment, "run": run.name, "model": run.model, "seed": run.seed,
             "imgsz": run.train["imgsz"], "epochs": run.train["epochs"], "train_minutes": minutes,
-            **self.metrics(folder), **self.costs(run, folder, val_args if detector else []),
+            **self.metrics(folder), **self.size(run),
             "commit": ledger.commit(), "finished": time.strftime("%Y-%m-%d %H:%M"),
             "hardware": ledger.hardware(), "software": ledger.software(),
             "command": " && ".join((command(program, make_args), command("val.py", val_args))),
@@ -100,20 +99,14 @@ class Runner:
         values = {key: found.get(ledger.IN_METRICS_JSON.get(key, key)) for key in ledger.METRICS}
         return {key: float(value) for key, value in values.items() if value is not None}
 
-    def costs(self, run: Run, folder: Path, val_args: Sequence[str]) -> dict[str, float]:
-        """Parameters, GFLOPs at the run's size, and for detectors the latency of single images."""
+    def size(self, run: Run) -> dict[str, float]:
+        """Parameters, and GFLOPs at the run's size."""
         import info
         from utils.core.config import config_from_kwargs
 
         best = str(run.best(self.project))
         summary = info.measure(config_from_kwargs(info.InfoConfig, cfg=best, imgsz=[run.train["imgsz"]]))
-        costs: dict[str, float] = {"parameters": summary.parameters, "gflops": summary.gflops}
-        if val_args and self.config.speed_runs:
-            task = ["--task", "speed", "--runs", str(self.config.speed_runs), "--name", "speed"]
-            self.execute("val.py", [*val_args, *task], folder)
-            timed = json.loads((folder / "speed" / "speed.json").read_text(encoding="utf-8"))
-            costs["ms_per_image"] = timed["total"]["mean"]
-        return costs
+        return {"parameters": summary.parameters, "gflops": summary.gflops}
 
     def compare(self, experiment: Experiment, a: Run, b: Run) -> None:
         """The paired bootstrap of two finished runs of one seed, one row per metric."""

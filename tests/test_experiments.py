@@ -1,12 +1,14 @@
 """The experiments: files that are checked, a record that is appended to and never repeated, a page made from it."""
 
 import csv
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from experiments import bench, ledger, report, run
+from experiments.bench_tables import TABLES
 from experiments.plans import all_experiments, flags, load_experiment
 from utils.core.errors import UserError
 
@@ -23,8 +25,17 @@ MINIMAL = (
 
 def row(experiment: str, name: str, seed: int, ap: float) -> dict:
     return {"experiment": experiment, "run": name, "model": name, "seed": seed, "AP": ap, "AP50": ap, "AP_S": ap,
-            "parameters": 1000, "gflops": 1.5, "train_minutes": 2.0, "ms_per_image": 10.0, "commit": "c",
+            "parameters": 1000, "gflops": 1.5, "imgsz": 256, "train_minutes": 2.0, "commit": "c",
             "hardware": "h", "software": "s", "command": f"python train.py --name {name}"}  # fmt: skip
+
+
+ORIGIN = {"command": "python x.py", "commit": "c", "hardware": "h", "software": "s"}
+
+
+def copy_pages(root: Path, folder: Path) -> None:
+    for name in report.PAGES:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text((root / name).read_text())
 
 
 def test_all_files_are_valid_and_their_models_exist(root: Path) -> None:
@@ -98,36 +109,42 @@ def test_recorded_rows_have_the_columns_of_today(root: Path) -> None:
                 assert one["commit"] and all("\0" not in value for value in one.values())
 
 
-def test_page_is_made_from_the_record(root: Path, tmp_path: Path) -> None:
-    page = tmp_path / "docs" / "results.md"
-    page.parent.mkdir()
-    page.write_text((root / "docs" / "results.md").read_text())
-    results, differences = tmp_path / "r.csv", tmp_path / "d.csv"
+def test_page_is_made_from_the_record(monkeypatch: pytest.MonkeyPatch, root: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr(report, "model_table", lambda: "the models")  # which takes its time
+    copy_pages(root, tmp_path)
+    results, differences, benchmarks = tmp_path / "r.csv", tmp_path / "d.csv", tmp_path / "b.jsonl"
     for seed, ap in ((0, 0.30), (1, 0.32)):
         ledger.append(results, ledger.RESULT_COLUMNS, row("small_objects", "yolov5n", seed, ap))
         ledger.append(results, ledger.RESULT_COLUMNS, row("small_objects", "yolov5-spd-n", seed, ap + 0.05))
     difference = {"experiment": "small_objects", "a": "yolov5n", "b": "yolov5-spd-n", "seed": 0, "metric": "AP",
                   "difference": 0.05, "low": 0.01, "high": 0.09}  # fmt: skip
     ledger.append(differences, ledger.DIFFERENCE_COLUMNS, difference)
-    config = report.ReportConfig(page=str(page), readme="", results=str(results), differences=str(differences))
-    text = report.report(config).read_text()
+    cost = {"model": "yolov5n", "imgsz": 256, "images_per_second": 21.5, "memory": 600.0, "ms": 12.25}
+    benchmarks.write_text(
+        json.dumps({"benchmark": "costs", "rows": [cost, {**cost, "imgsz": 224, "ms": 99.0}], **ORIGIN})
+    )
+    config = report.ReportConfig(str(tmp_path), str(results), str(differences), str(benchmarks))
+    page, conversion, readme = report.report(config)
+    text = page.read_text()
     assert "0.310 ± 0.014" in text, "mean and sample deviation of 0.30 and 0.32"
     assert "+0.010 to +0.090" in text and "python train.py --name yolov5n" in text
     assert "| yolov5n-matched | not run |" in text
+    row_of = [line for line in text.splitlines() if line.startswith("| yolov5n | 2 |")]
+    assert row_of == [
+        "| yolov5n | 2 | 0.310 ± 0.014 | 0.310 ± 0.014 | 0.310 ± 0.014 | 1,000 | 1.50 | 21.5 | 600.0 | 12.2 |"
+    ]
+    assert "Not run: `python -m experiments.bench architectures`." in conversion.read_text()
+    assert "the models" in readme.read_text()
     assert "yolov5n-matched (seed 0)" in text.split("## Not run")[1]
     assert len(list((tmp_path / "docs" / "figures").glob("small_objects_*.png"))) == 2
-    assert report.report(config).read_text() == text, "rebuilding changes nothing"
+    assert report.report(config)[0].read_text() == text, "rebuilding changes nothing"
 
 
 @pytest.mark.slow
 def test_pages_of_the_repository_are_up_to_date(root: Path, tmp_path: Path) -> None:
-    pages = {name: (root / name).read_text() for name in ("docs/results.md", "README.md")}
-    (tmp_path / "docs").mkdir()
-    for name, text in pages.items():
-        (tmp_path / name).write_text(text)
-    report.report(report.ReportConfig(page=str(tmp_path / "docs/results.md"), readme=str(tmp_path / "README.md")))
-    for name, text in pages.items():
-        assert (tmp_path / name).read_text() == text, "run `make results`"
+    copy_pages(root, tmp_path)
+    for made, name in zip(report.report(report.ReportConfig(output=str(tmp_path))), report.PAGES, strict=True):
+        assert made.read_text() == (root / name).read_text(), "run `make results`"
 
 
 def test_unknown_block_is_refused() -> None:
@@ -136,7 +153,7 @@ def test_unknown_block_is_refused() -> None:
 
 
 def smoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *args: str) -> list[dict[str, str]]:
-    assert run.main([*args, "--smoke", "--project", str(tmp_path), "--speed-runs", "2"]) == 0
+    assert run.main([*args, "--smoke", "--project", str(tmp_path)]) == 0
     return ledger.read(tmp_path / "smoke" / "results.csv")
 
 
@@ -144,7 +161,7 @@ def smoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *args: str) -> list[d
 def test_smoke_run_is_recorded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, root: Path) -> None:
     args = [str(root / "experiments" / "low_resolution.yaml"), "--only", "yolov5n@160"]
     (found,) = smoke(monkeypatch, tmp_path, *args)
-    assert found["run"] == "yolov5n@160" and found["AP"] and found["ms_per_image"] and "train.py" in found["command"]
+    assert found["run"] == "yolov5n@160" and found["AP"] and "train.py" in found["command"]
     assert int(found["parameters"]) > 1e6 and float(found["train_minutes"]) > 0
     assert all(found[key] for key in ("precision", "recall", "f1"))
     assert smoke(monkeypatch, tmp_path, *args) == [found], "a recorded run is not run again"
@@ -162,7 +179,7 @@ def test_smoke_of_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 # ------------------------------------------------------------------------------------------------- benchmarks
 def test_benchmarks_are_all_known(root: Path) -> None:
     files = {path.stem for path in (root / "benchmarks").glob("*.py")} - {"classic", "__init__"}
-    assert files == set(bench.NAMES) - {"coco_cost"}  # which is train_step again
+    assert files == set(TABLES) - {"coco_cost"}  # which is train_step again
 
 
 def test_a_benchmark_is_run_and_recorded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -172,9 +189,9 @@ def test_a_benchmark_is_run_and_recorded_once(monkeypatch: pytest.MonkeyPatch, t
         assert bench.main(["index"]) == 0
     found = bench.read(bench.RECORD)
     assert list(found) == ["index"] and found["index"]["files"] == 500 and found["index"]["commit"]
-    head, lines = bench.table("index", found["index"])
+    head, lines = TABLES["index"](found["index"])
     assert [len(line) for line in lines] == [len(head)] * 3
-    page = report.speed_block(bench.NAMES)
+    page = report.benchmark_block(report.Record([], [], found), "index")
     assert "python benchmarks/index.py 500" in page and "| cached start |" in page
 
 
@@ -198,9 +215,26 @@ def test_benchmarks_without_their_data_are_skipped(monkeypatch: pytest.MonkeyPat
         ("inference", {"ms": {"m": {"a": 2.0}}, "speedup": {"m": {"a": 1.0}}, "spd_to_plain": {"m": {}}}),
         ("loader", {"images_per_second": {"cached": {"classic": 1.0, "fast": 2.0, "ratio": 2.0}}}),
         ("loader_memory", {"MiB a worker": 12.0, "growth": {"0 workers": 1.0, "4 workers": 1.01}}),
+        ("costs", {"rows": [{"model": "m", "imgsz": 64, "images_per_second": 2.0, "memory": 9.0, "ms": 3.0}]}),
+        (
+            "architectures",
+            {
+                "rows": [
+                    {
+                        "model": "m",
+                        "imgsz": [97, 130],
+                        "sites": 3,
+                        "skipped": ["a: b"],
+                        "parameters": 100,
+                        "conv-spd": {"added": 1, "difference": 1e-7},
+                        "spd-conv": {"added": 2, "difference": 0.0},
+                    }
+                ]
+            },
+        ),
         ("slices", {"rows": [{"slice": 0, "recall": 0.1, "AP50": 0.2, "seconds": 3.0}]}),
     ],
 )
 def test_benchmark_tables_have_full_lines(name: str, found: dict) -> None:
-    head, lines = bench.table(name, found)
+    head, lines = TABLES[name](found)
     assert lines and all(len(line) == len(head) for line in lines)
