@@ -21,7 +21,6 @@ from utils.core.files import atomic_write
 from utils.core.log import LOGGER
 from utils.core.yamls import load_yaml
 
-
 LATENCY = "ms/image"
 MEASURED_COSTS = {"images_per_second": "training images/s", "memory": "training MB", "ms": LATENCY}
 SPEED = ("train_step", "inference", "loader", "loader_memory", "index", "slices")  # benchmarks of the page's last table
