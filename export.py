@@ -178,7 +178,7 @@ class Export:
         predictor = load_predictor(done.path, device=self.device)
         tolerance = TOLERANCES[self.metadata.precision]
         done.difference = compare(self.reference, predictor, self.pictures)
-        if self.nms and done.difference.finite and not (done.difference.boxes or done.difference.detections):
+        if self.nms and not done.difference.problem and not (done.difference.boxes or done.difference.detections):
             done.difference = self._at_any_confidence(done)
         failures = done.difference.failures(tolerance)
         LOGGER.info(f"{done.format.title}: verified on {self.pictures.origin}: {done.difference}")

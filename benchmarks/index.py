@@ -12,8 +12,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.core.machine import available_cores  # noqa: E402
 from utils.data.index import build_index  # noqa: E402
-from utils.data.scan import available_cores  # noqa: E402
 from utils.data.spec import load_data  # noqa: E402
 
 PER_FOLDER = 10_000

@@ -240,7 +240,14 @@ def program(model, tmp_path_factory):
 def test_differences_are_judged():
     fine = Difference(px=0.01, score=1e-4, detections=4, found=4)
     assert not fine.failures(TOLERANCES["fp32"])
-    for wrong in ({"px": 0.06}, {"score": 0.01}, {"found": 3}, {"finite": False}):
+    for wrong in ({"px": 0.06}, {"score": 0.01}, {"found": 3}, {"problem": "no"}):
         assert len(replace(fine, **wrong).failures(TOLERANCES["fp32"])) == 1
-    assert compare_raw(torch.rand(9, 8), torch.rand(8, 8)).failures(TOLERANCES["int8"])
-    assert compare_raw(torch.rand(9, 8), torch.full((9, 8), torch.nan)).failures(TOLERANCES["int8"])
+    shape, broken = (
+        compare_raw(torch.rand(9, 8), given) for given in (torch.rand(8, 8), torch.full((9, 8), torch.nan))
+    )
+    assert shape.failures(TOLERANCES["int8"]) == ["the output has shape [8, 8], expected [9, 8]"]
+    assert broken.failures(TOLERANCES["int8"]) == ["the output holds NaN or infinity"]
+    total = Difference()
+    for one in (fine, broken, shape):
+        total.add(one)
+    assert total.failures(TOLERANCES["fp32"]) == ["the output holds NaN or infinity"] and total.images == 3

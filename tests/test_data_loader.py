@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from tests.samples import make_index
+from utils.core.device import loader_workers
 from utils.core.errors import UserError
 from utils.core.hyp import Hyp
 from utils.data.dataset import DetectionDataset
-from utils.data.loader import Batch, EvalLoader, TrainLoader, default_workers, epoch_order
+from utils.data.loader import Batch, EvalLoader, TrainLoader, epoch_order
 
 HYP = Hyp(mosaic=0.7, mixup=0.3)
 
@@ -183,9 +184,15 @@ def test_too_little_shared_memory_is_said_before_workers_start(index, monkeypatc
     train(index, batch=64, workers=0)
 
 
-def test_workers_are_bounded_by_the_cores():
-    cores = len(os.sched_getaffinity(0))
-    assert default_workers(0) == 0 and default_workers(64) <= cores and default_workers(8, 64) == 0
+@pytest.mark.parametrize(
+    ("asked", "batch", "ranks", "workers"),
+    [(8, 16, 1, 3), (2, 16, 1, 2), (8, 1, 1, 1), (0, 16, 1, 0), (8, 16, 2, 1), (8, 16, 8, 1)],
+)
+def test_workers_are_bounded_by_the_cores_that_may_be_used(monkeypatch, asked, batch, ranks, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert loader_workers(asked, batch) == workers
 
 
 @pytest.mark.slow

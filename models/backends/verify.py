@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,12 +14,13 @@ from utils.ops.nms import non_max_suppression
 
 CONFIDENT = 0.25
 NEAR_PX = 2.0
+NOT_FINITE = "the output holds NaN or infinity"
 LEAST_ROWS = 100  # the best rows of an image that are compared even where nothing is confident
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Allowed differences: boxes in pixels, scores, and the fall of AP. None: not judged by it."""
+    """Allowed differences: boxes in pixels, scores, and AP (either way). None: not judged by it."""
 
     px: float | None
     score: float | None
@@ -45,9 +46,8 @@ class Difference:
     boxes: int = 0
     detections: int = 0
     found: int = 0
-    finite: bool = True
     images: int = 0
-    notes: list[str] = field(default_factory=list)
+    problem: str = ""  # what made a comparison impossible
 
     def add(self, other: "Difference") -> None:
         self.px = max(self.px, other.px)
@@ -56,12 +56,12 @@ class Difference:
         self.boxes += other.boxes
         self.detections += other.detections
         self.found += other.found
-        self.finite &= other.finite
         self.images += 1
+        self.problem = self.problem or other.problem
 
     def failures(self, tolerance: Tolerance) -> list[str]:
         """What is beyond the tolerance, in words; empty when all is well."""
-        out = [] if self.finite else ["the output holds NaN or infinity"]
+        out = [self.problem] if self.problem else []
         if tolerance.px is not None and self.px > tolerance.px:
             out.append(f"boxes differ by {self.px:.3g} px, allowed are {tolerance.px:g}")
         if tolerance.score is not None and self.score > tolerance.score:
@@ -101,11 +101,19 @@ def _settings(candidate: Predictor) -> NmsSettings:
 
 def _compare_values(expected: Tensor, given: Tensor) -> Difference:
     """Logits: the largest difference, that of scores after softmax, and whether the first class is the same."""
+    if problem := _problem(expected, given):
+        return Difference(problem=problem)
     score = (expected.softmax(-1) - given.softmax(-1)).abs().max().item()
     same = int(expected.argmax() == given.argmax())
     sure = int(expected.softmax(-1).topk(2).values.diff().abs().item() > 0.05)
-    finite = bool(given.isfinite().all())
-    return Difference(0.0, score, _worst(expected, given), 0, sure, same * sure, finite)
+    return Difference(score=score, worst=_worst(expected, given), detections=sure, found=same * sure)
+
+
+def _problem(expected: Tensor, given: Tensor) -> str:
+    """Why two outputs cannot be compared value by value; empty where they can."""
+    if expected.shape != given.shape:
+        return f"the output has shape {list(given.shape)}, expected {list(expected.shape)}"
+    return "" if given.isfinite().all() else NOT_FINITE
 
 
 def _worst(expected: Tensor, given: Tensor) -> float:
@@ -117,9 +125,8 @@ def compare_raw(expected: Tensor, given: Tensor, *, exact: bool = True) -> Diffe
 
     Where not `exact` (16 and 8 bits), on its confident rows, and on the best ones only where none is.
     """
-    if expected.shape != given.shape or not given.isfinite().all():
-        note = f"output has shape {list(given.shape)}, expected {list(expected.shape)}"
-        return Difference(finite=False, notes=[note])
+    if problem := _problem(expected, given):
+        return Difference(problem=problem)
     conf = expected[:, 4] * expected[:, 5:].max(1).values
     sure, least = int((conf >= CONFIDENT).sum()), min(LEAST_ROWS, len(conf))
     rows = conf.topk(max(sure, least) if exact else sure or least).indices
@@ -138,7 +145,7 @@ def compare_detections(expected: Tensor, given: Tensor, nms: NmsSettings) -> Dif
     that is.
     """
     if not given.isfinite().all():
-        return Difference(finite=False)
+        return Difference(problem=NOT_FINITE)
     conf, labels = (expected[:, 4:5] * expected[:, 5:]).max(1)
     boxes = cxcywh_to_xyxy(expected[:, :4])
     result = Difference(boxes=len(given))

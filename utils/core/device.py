@@ -10,6 +10,7 @@ import torch
 
 from utils.core.errors import UserError
 from utils.core.log import LOGGER
+from utils.core.machine import available_cores
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 LARGEST_INT = 2**31 - 1
@@ -87,7 +88,7 @@ def check_architecture(index: int) -> None:
 def loader_workers(asked: int, batch_size: int) -> int:
     """Loader processes of this rank: no more than asked, than its share of the cores, or than its images of a batch."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(asked, max((os.cpu_count() or 1) // ranks, 1), max(batch_size // ranks, 1))
+    return min(asked, max(available_cores() // ranks, 1), max(batch_size // ranks, 1))
 
 
 def describe(device: torch.device) -> str:

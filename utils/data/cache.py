@@ -19,6 +19,7 @@ import numpy as np
 from utils.core.errors import UserError
 from utils.core.files import atomic_write, cache_dir
 from utils.core.log import LOGGER
+from utils.core.machine import available_cores, free_memory
 from utils.data.images import image_header, read_image
 
 RECENT_BYTES = (
@@ -112,23 +113,10 @@ Decode = Callable[[int], np.ndarray]
 def _fill(numbers: Sequence[int], work: Callable[[int], None], what: str) -> None:
     """Run `work` for every number on all cores, with a progress line."""
     LOGGER.info(f"{what}: {len(numbers):,} images")
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+    with ThreadPoolExecutor(min(available_cores(), 16)) as pool:
         for done, _ in enumerate(pool.map(work, numbers, chunksize=8), 1):
             if done % 10_000 == 0:
                 LOGGER.info(f"{what}: {done:,} of {len(numbers):,}")
-
-
-def free_memory() -> int:
-    """Bytes of memory that can be used without swapping, container limits included."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        available = [line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
-        free = int(available[0].split()[1]) * 1024 if available else free
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
 
 
 class SharedMemory:

@@ -77,11 +77,6 @@ class LabelIndex:
         return [self.poly_xy[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
 
     @property
-    def has_polygons(self) -> bool:
-        """Whether any object has a polygon."""
-        return len(self.poly_xy) > 0
-
-    @property
     def nbytes(self) -> int:
         """The size of the arrays in memory."""
         return sum(getattr(self, name).nbytes for name in _ARRAYS)

@@ -5,7 +5,6 @@ from any number of workers and processes, from any step on.
 """
 
 import contextlib
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -203,12 +202,6 @@ def _check_shared_memory(workers: int, batch: int, imgsz: int) -> None:
             f"{workers} workers with batches of {batch} at {imgsz} px need {needed / 2**20:.0f} MiB of shared memory, "
             f"/dev/shm has {free / 2**20:.0f} MiB free; use fewer --workers or enlarge it (Docker: --shm-size)"
         )
-
-
-def default_workers(limit: int, world_size: int = 1) -> int:
-    """Workers a process: at most `limit`, and no more than its share of the usable cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(min(limit, cores // world_size if cores > 1 else 0), 0)
 
 
 class TrainLoader:

@@ -62,20 +62,6 @@ def decompress_counts(text: str) -> list[int] | None:
     return runs if shift == 0 else None
 
 
-def compress_counts(runs: list[int]) -> str:
-    """The inverse of `decompress_counts`."""
-    out = bytearray()
-    for i, run in enumerate(runs):
-        value = run - runs[i - 2] if i > 2 else run
-        more = True
-        while more:
-            bits = value & 31
-            value >>= 5
-            more = value != (-1 if bits & 16 else 0)
-            out.append((bits | (32 if more else 0)) + 48)
-    return out.decode()
-
-
 def rle_box(mask: np.ndarray) -> list[float] | None:
     """The corners of a mask's extents; None for an empty mask."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))

@@ -23,6 +23,7 @@ from typing import IO
 
 import numpy as np
 
+from utils.core.machine import available_cores
 from utils.data.images import (
     MAX_MISSING,
     Header,
@@ -237,11 +238,6 @@ def scan(
                 progress(len(chunk))
         return merge(scans)
     return merge(_scan_in_children(job, chunks, workers, progress))
-
-
-def available_cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _scan_in_children(

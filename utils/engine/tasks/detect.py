@@ -161,7 +161,7 @@ class DetectTask:
 
     @property
     def _settings(self) -> ValSettings:
-        return ValSettings(iou_thres=0.65 if self.spec.yaml.stem == "coco" else 0.6)
+        return ValSettings()
 
     def _validation_loader(self) -> EvalLoader:
         if self._eval_loader is None:
