@@ -19,6 +19,7 @@ from utils.engine.draw import Style
 from utils.engine.pipeline import Behind, ahead
 from utils.engine.predict import Detector, PredictSettings, combine
 from utils.engine.records import Forms, Result, class_forms, detection_forms
+from utils.engine.speed import speed_line
 from utils.engine.tracking import TRACKERS, Tracking
 from utils.engine.writers import (
     CropWriter,
@@ -209,9 +210,9 @@ def results(
     """Every frame with its result and its share of inference time in ms, while the next frames are being read."""
     batches = source.batches(1 if cfg.slice else cfg.batch_size)
     for frames in batches if source.live else ahead(batches):
-        before = runner.speed.inference
+        before = runner.speed.seconds.get("inference", 0.0)
         found = runner([frame.image for frame in frames])
-        ms = (runner.speed.inference - before) * 1000 / len(frames)
+        ms = (runner.speed.seconds["inference"] - before) * 1000 / len(frames)
         for frame, result in zip(frames, found, strict=True):
             tracked = tracking.update(frame, result) if tracking and isinstance(result, Detections) else result
             yield frame, tracked, ms
@@ -249,7 +250,7 @@ def report(source: Source, runner: Runner, save_dir: Path | None, boxes: int) ->
     tally = source.tally
     if not tally.frames and tally.failed:
         raise UserError(f"none of the {source.items} source files can be read; the lines above say why")
-    LOGGER.info(str(runner.speed))
+    LOGGER.info(speed_line(runner.speed.ms(), runner.speed.shape))
     if save_dir is not None:
         LOGGER.info(f"Results saved to {save_dir}")
     if tally.failed and not source.live:

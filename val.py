@@ -21,13 +21,14 @@ from utils.data.frames import unique_names
 from utils.data.index import LabelIndex, build_index
 from utils.data.labels import POLICIES
 from utils.data.spec import DataSpec, load_data
-from utils.engine.classification import class_table, speed_of, validate_classifier, write_class_report
+from utils.engine.classification import class_table, validate_classifier, write_class_report
 from utils.engine.coco_eval import MetricSettings, coco_metrics
 from utils.engine.coco_files import coco_annotations, coco_results, found_from_coco, ids_from_names, truth_from_coco
 from utils.engine.evaluation import EvalPlan, check_classes, evaluate, iterate_images, predict_settings
 from utils.engine.pictures import BatchPictures
 from utils.engine.predict import Detector, PredictSettings, check_bounds, combine, size_step
-from utils.engine.report import MANY_CLASSES, speed_line, summary, table, write_json, write_report, write_rows
+from utils.engine.report import MANY_CLASSES, summary, table, write_json, write_report, write_rows
+from utils.engine.speed import STAGES, speed_line
 from utils.engine.studies import latency, latency_table, study_line, study_row, write_study
 from utils.engine.validate import EvalResult, ValSettings, detection_limit
 from utils.ops.metrics import confusion_matrix
@@ -264,9 +265,9 @@ def measure_classifier(cfg: ValConfig, spec: DataSpec, predictor: Any, dist: Dis
         used = {"data": cfg.data, "weights": list(cfg.weights), "task": cfg.task, "imgsz": size}
         write_class_report(folder, result, index, used, figures=not cfg.noplots)
         LOGGER.info(class_table(result, per_class=cfg.verbose or len(index.names) < MANY_CLASSES))
-        LOGGER.info(speed_of(result))
+        LOGGER.info(speed_line(result.speed_ms))
         LOGGER.info(f"Results saved to {folder}")
-    return ValReport(folder, result.metrics)
+    return ValReport(folder, result.metrics, result.speed_ms)
 
 
 def measure_speed(cfg: ValConfig, dist: Dist) -> ValReport:
@@ -283,7 +284,7 @@ def measure_speed(cfg: ValConfig, dist: Dist) -> ValReport:
     folder = increment_path(cfg.project, cfg.name, cfg.exist_ok)
     write_json(folder / "speed.json", {**result, "settings": {**describe_run(cfg, plan, dist), **settings.as_dict()}})
     LOGGER.info(f"{describe(dist.device)}\n{latency_table(result)}\nResults saved to {folder}")
-    return ValReport(folder, {}, {stage: result[stage]["mean"] for stage in ("pre-process", "inference", "NMS")})
+    return ValReport(folder, {}, {stage: result[stage]["mean"] for stage in STAGES})
 
 
 def measure_study(cfg: ValConfig, dist: Dist) -> ValReport:

@@ -13,7 +13,8 @@ from tests.test_engine_coco_eval import empty, random_case
 from utils.engine import plots
 from utils.engine.coco_eval import TABLE, coco_metrics
 from utils.engine.pictures import MAX_IMAGES, BatchPictures, draw_batch, draw_train_batch, mosaic, target_rows
-from utils.engine.report import plain, shown, speed_line, table
+from utils.engine.report import plain, shown, table
+from utils.engine.speed import Speed, speed_line
 from utils.ops.metrics import confusion_matrix
 
 
@@ -117,3 +118,10 @@ def test_plain_values_are_strict_json():
 def test_speed_line():
     line = speed_line({"pre-process": 0.51, "inference": 20, "NMS": 1}, (8, 3, 640, 640))
     assert line == "Speed: 0.5ms pre-process, 20.0ms inference, 1.0ms NMS per image at shape (8, 3, 640, 640)"
+
+
+def test_speeds_of_processes_add_up():
+    parts = [Speed({"inference": 3.0}, 2), Speed({"inference": 1.0, "pre-process": 0.4}, 2, (1, 3, 64, 64)), Speed()]
+    total = Speed.total(parts)
+    assert total.ms() == pytest.approx({"pre-process": 100.0, "inference": 1000.0}) and total.shape == (1, 3, 64, 64)
+    assert list(total.ms()) == ["pre-process", "inference"], "stages in their order"

@@ -102,7 +102,7 @@ def sample() -> Results:
     one = Detections(boxes, np.array([0.9, 0.5]), np.array([1, 0]), names)
     none = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0), names)
     images = [np.zeros((80, 100, 3), np.uint8), np.zeros((40, 40, 3), np.uint8)]
-    speed = {"preprocess": 1.0, "inference": 2.0, "nms": 0.5}
+    speed = {"pre-process": 1.0, "inference": 2.0, "NMS": 0.5}
     return Results([one, none], images, ["in/a.jpg", "in/a.png"], speed, names)
 
 

@@ -50,7 +50,7 @@ class Dist:
             backend, timeout=limit, store=torch_dist.PrefixStore(_attempt(), store), rank=rank, world_size=world,
             device_id=device if device.type == "cuda" else None,
         )  # fmt: skip
-        return cls(rank, world, local, device)
+        return cls(rank, world, device)
 
     def stop(self) -> None:
         """Leave the group."""

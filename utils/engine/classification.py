@@ -2,7 +2,6 @@
 
 import csv
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.core.device import synchronize
 from utils.core.dist import Dist
 from utils.core.errors import UserError
 from utils.core.files import atomic_write
@@ -26,6 +24,7 @@ from utils.engine.evaluation import check_classes
 from utils.engine.pictures import mosaic, save_picture, titled
 from utils.engine.plots import figure, save
 from utils.engine.report import write_json
+from utils.engine.speed import Clock, Speed
 
 TOP = 5
 TILE = 96  # pixels of an image in pictures
@@ -81,12 +80,12 @@ class ClassResult:
 def measure(network: Callable[[Tensor], Tensor], loader: Iterable[Batch], index: ClassIndex, dist: Dist) -> ClassResult:
     """Run `network` (images 0..1 -> logits) over this rank's batches; every rank gets the whole result."""
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
-    seconds, images = {"pre-process": 0.0, "inference": 0.0}, 0
-    start = time.perf_counter()
+    speed = Speed()
+    clock = Clock(speed, dist.device)
     for batch in loader:
+        clock.start()
         x = batch.images.to(dist.device, non_blocking=True).float().div_(255)
-        synchronize(dist.device)
-        loaded = time.perf_counter()
+        clock.lap("pre-process")
         with torch.no_grad():
             logits = network(x).float()
         probabilities = logits.softmax(1)
@@ -94,10 +93,8 @@ def measure(network: Callable[[Tensor], Tensor], loader: Iterable[Batch], index:
         labels = batch.targets[:, 1].long().to(logits.device)
         losses = F.cross_entropy(logits, labels, reduction="none")
         parts.append((batch.indices.numpy(), top.cpu().numpy(), confidence.cpu().numpy(), losses.cpu().numpy()))
-        done = time.perf_counter()
-        seconds["pre-process"] += loaded - start
-        seconds["inference"] += done - loaded
-        images, start = images + len(x), done
+        clock.lap("inference")
+        speed.images += len(x)
     gathered = dist.gather(parts)
     together = None
     if gathered is not None:
@@ -110,8 +107,7 @@ def measure(network: Callable[[Tensor], Tensor], loader: Iterable[Batch], index:
     shared = dist.broadcast(together)
     assert shared is not None  # the main rank has them
     _, top, confidence, losses = shared
-    speed = {stage: 1000 * value / max(images, 1) for stage, value in seconds.items()}
-    return ClassResult(index.labels, top, confidence, index.names, float(losses.mean(dtype=np.float64)), speed)
+    return ClassResult(index.labels, top, confidence, index.names, float(losses.mean(dtype=np.float64)), speed.ms())
 
 
 def validate_classifier(
@@ -144,11 +140,6 @@ def class_table(result: ClassResult, *, per_class: bool = True) -> str:
         one, five = (f"{row[key]:>11.4f}" if row["images"] else f"{'-':>11}" for key in ("top1", "top5"))
         lines.append(f"{row['name'][:22]:>22}{row['images']:>11}{one}{five}")
     return "\n".join(lines)
-
-
-def speed_of(result: ClassResult) -> str:
-    """The speed line of the console."""
-    return "Speed: " + ", ".join(f"{value:.2f}ms {stage}" for stage, value in result.speed_ms.items()) + " per image"
 
 
 def write_class_report(

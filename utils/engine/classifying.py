@@ -1,6 +1,5 @@
 """Pictures in, likeliest classes out: what `detect.py` and the Python API do with an image classifier."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,10 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.core.device import synchronize
 from utils.core.errors import UserError
 from utils.data.folder import center_crop
-from utils.engine.predict import Speed
+from utils.engine.speed import Clock, Speed
 
 TOP = 5
 
@@ -66,17 +64,16 @@ class PictureClassifier:
         self.speed = Speed()
 
     def _run(self, images: Sequence[np.ndarray]) -> list[Classification]:
-        device, start = self.predictor.device, time.perf_counter()
+        device = self.predictor.device
+        clock = Clock(self.speed, device)
         stack = np.stack([center_crop(image, self.size) for image in images])
         batch = torch.from_numpy(stack).to(device).permute(0, 3, 1, 2)
         batch = batch.to(torch.float16 if self.predictor.half else torch.float32) / 255
-        synchronize(device)
-        prepared = time.perf_counter()
+        clock.lap("pre-process")
         with torch.inference_mode():
             probabilities = self.predictor(batch).float().softmax(1)
             conf, cls = probabilities.topk(min(TOP, probabilities.shape[1]), 1)
         rows = list(zip(cls.cpu().numpy(), conf.cpu().numpy(), strict=True))
-        self.speed.preprocess += prepared - start
-        self.speed.inference += time.perf_counter() - prepared
+        clock.lap("inference")
         self.speed.shape = tuple(batch.shape)
         return [Classification(c, p, self.names) for c, p in rows]

@@ -20,7 +20,8 @@ from utils.data.index import LabelIndex
 from utils.data.loader import EvalLoader
 from utils.engine.pipeline import ahead
 from utils.engine.predict import Detector, PredictSettings, check_bounds, network_size, size_step
-from utils.engine.validate import STAGES, EvalResult, OnBatch, ValSettings, evaluate_rows, validate
+from utils.engine.speed import Speed
+from utils.engine.validate import EvalResult, OnBatch, ValSettings, evaluate_rows, validate
 from utils.ops.boxes import xyxy_to_cxcywh
 from utils.ops.letterbox import Letterbox, letterbox_geometry, letterbox_image
 
@@ -115,22 +116,19 @@ def _evaluate_pictures(
             examples.append((i, image, found))
     if on_batch is not None:
         _show(examples, index, on_batch, dist)
-    speed = detector.speed
-    seconds = dict(zip(STAGES, (speed.preprocess, speed.inference, speed.nms), strict=True))
-    shards = dist.gather((rows, seconds, speed.images, speed.shape))
+    shards = dist.gather((rows, detector.speed))
     result = None
     if shards is not None:
-        table = _joined([entry for part, *_ in shards for entry in part])
-        count = max(sum(shard[2] for shard in shards), 1)
-        per_image = {s: 1000 * sum(shard[1][s] for shard in shards) / count for s in STAGES}
+        table = _joined([entry for part, _ in shards for entry in part])
+        speed = Speed.total(part for _, part in shards)
         result = evaluate_rows(
             table,
             index,
             names,
             settings,
             scale=_slice_scale(index.shapes, plan),
-            speed_ms=per_image,
-            shape=shards[0][3],
+            speed_ms=speed.ms(),
+            shape=speed.shape,
             labeled=labeled,
         )
     shared = dist.broadcast((result.metrics, result.speed_ms, result.shape) if result else None)

@@ -5,9 +5,8 @@ pixels, or to a list of [n, 6] detections where its `end2end` is true. Where it 
 """
 
 import math
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from utils.core.device import synchronize
 from utils.core.errors import UserError
 from utils.core.log import LOGGER
+from utils.engine.speed import Clock, Speed
 from utils.ops.detections import Detections
 from utils.ops.letterbox import FILL, Letterbox, letterbox_geometry, letterbox_image
 from utils.ops.nms import non_max_suppression
@@ -77,29 +76,6 @@ def check_bounds(settings: object, **bounds: tuple[float, float]) -> None:
             expected = f"{low} or more" if high == math.inf else f"a number from {low} to {high}"
             flag = "slice" if name == "slice_size" else name.replace("_", "-")
             raise UserError(f"--{flag} {value}; expected {expected}")
-
-
-@dataclass
-class Speed:
-    """Seconds spent in each stage, and the pictures they were spent on."""
-
-    preprocess: float = 0.0
-    inference: float = 0.0
-    nms: float = 0.0
-    images: int = 0
-    shape: tuple[int, ...] = field(default=())
-
-    def ms(self) -> dict[str, float]:
-        """Milliseconds per picture of each stage."""
-        n = max(self.images, 1) / 1000
-        return {"preprocess": self.preprocess / n, "inference": self.inference / n, "nms": self.nms / n}
-
-    def __str__(self) -> str:
-        ms = self.ms()
-        return (
-            f"Speed: {ms['preprocess']:.1f}ms pre-process, {ms['inference']:.1f}ms inference, {ms['nms']:.1f}ms NMS "
-            f"per image at shape {self.shape}"
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,23 +149,18 @@ class Detector:
     def _run(self, views: list[View]) -> list[np.ndarray]:
         """One batch of views -> rows [n, 6] in pixels of their pictures."""
         device = self.predictor.device
-        start = time.perf_counter()
+        clock = Clock(self.speed, device)
         stack = np.stack([letterbox_image(view.pixels, view.geometry) for view in views])
         images = torch.from_numpy(stack).to(device).permute(0, 3, 1, 2)
         images = images.to(torch.float16 if self.predictor.half else torch.float32) / 255
-        synchronize(device)
-        prepared = time.perf_counter()
+        clock.lap("pre-process")
         with torch.inference_mode():
             output = self.predictor(images)
-            synchronize(device)
-            inferred = time.perf_counter()
+            clock.lap("inference")
             found = self._select(output)
         rows = [_to_picture(boxes.float().cpu().numpy(), view) for boxes, view in zip(found, views, strict=True)]
-        speed = self.speed
-        speed.preprocess += prepared - start
-        speed.inference += inferred - prepared
-        speed.nms += time.perf_counter() - inferred
-        speed.shape = tuple(images.shape)
+        clock.lap("NMS")
+        self.speed.shape = tuple(images.shape)
         return rows
 
     def _select(self, output: Any) -> list[Tensor]:

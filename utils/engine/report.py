@@ -12,7 +12,7 @@ import numpy as np
 from utils.core.files import atomic_write
 from utils.engine.coco_eval import TABLE
 from utils.engine.plots import plot_confusion, plot_curves
-from utils.engine.validate import STAGES, EvalResult
+from utils.engine.validate import EvalResult
 from utils.ops.boxes import xyxy_to_cxcywh
 
 NAME_WIDTH = 22
@@ -45,12 +45,6 @@ def summary(metrics: Mapping[str, Any], pr_iou: float) -> str:
 def shown(value: float | None, digits: int = 3) -> str:
     """A number for people; `-` where there was nothing to measure."""
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
-
-
-def speed_line(speed_ms: Mapping[str, float], shape: Sequence[int] = ()) -> str:
-    """`Speed: 0.5ms pre-process, 20.1ms inference, 1.2ms NMS per image at shape (32, 3, 640, 640)`."""
-    parts = ", ".join(f"{speed_ms.get(stage, 0.0):.1f}ms {stage}" for stage in STAGES)
-    return f"Speed: {parts} per image" + (f" at shape {tuple(shape)}" if shape else "")
 
 
 def plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ from utils.core.log import LOGGER
 from utils.data.frames import Frame
 from utils.engine.draw import Style, annotate
 from utils.engine.records import detection_forms
+from utils.engine.speed import speed_line
 from utils.engine.writers import CropWriter, PictureWriter, crop, refuse_overwrite
 from utils.ops.boxes import xyxy_to_cxcywh
 from utils.ops.detections import Detections
@@ -168,9 +169,7 @@ class Results:
             f"image {i}/{len(self)} {file}: {image.shape[0]}x{image.shape[1]} {d.summary()}"
             for i, (file, image, d) in enumerate(zip(self.files, self.images, self.detections, strict=True), 1)
         ]
-        pre, inference, nms = self.t
-        speed = f"Speed: {pre:.1f}ms pre-process, {inference:.1f}ms inference, {nms:.1f}ms NMS per image"
-        return "\n".join([*lines, speed])
+        return "\n".join([*lines, speed_line(self.speed)])
 
     def __repr__(self) -> str:
         return f"<Results of {len(self)} pictures, {sum(map(len, self.detections))} boxes>"

@@ -11,9 +11,10 @@ from utils.core.files import atomic_write
 from utils.engine.plots import figure, save
 from utils.engine.predict import Detector
 from utils.engine.report import plain, shown
+from utils.engine.speed import STAGES
 
 PERCENTILES = (50, 90, 95, 99)
-STUDY_COLUMNS = ("model", "imgsz", "AP", "AP50", "AP_S", "AP_M", "AP_L", "pre-process", "inference", "NMS")
+STUDY_COLUMNS = ("model", "imgsz", "AP", "AP50", "AP_S", "AP_M", "AP_L", *STAGES)
 
 
 def latency(detector: Detector, images: Sequence[np.ndarray], *, warm_up: int = 10, runs: int = 100) -> dict[str, Any]:
@@ -26,12 +27,11 @@ def latency(detector: Detector, images: Sequence[np.ndarray], *, warm_up: int = 
         detector([images[i % len(images)]])
     laps = []
     for i in range(runs):
-        before = (detector.speed.preprocess, detector.speed.inference, detector.speed.nms)
+        before = dict(detector.speed.seconds)
         detector([images[i % len(images)]])
-        after = (detector.speed.preprocess, detector.speed.inference, detector.speed.nms)
-        laps.append([b - a for a, b in zip(before, after, strict=True)])
+        laps.append([detector.speed.seconds[stage] - before.get(stage, 0.0) for stage in STAGES])
     table = 1000 * np.array(laps)
-    columns = {"pre-process": table[:, 0], "inference": table[:, 1], "NMS": table[:, 2], "total": table.sum(1)}
+    columns = {**dict(zip(STAGES, table.T, strict=True)), "total": table.sum(1)}
     result: dict[str, Any] = {name: _spread(values) for name, values in columns.items()}
     return {**result, "runs": runs, "warm_up": warm_up, "shape": list(detector.speed.shape)}
 
@@ -45,7 +45,7 @@ def latency_table(result: Mapping[str, Any]) -> str:
     """The latency as text, in ms per image."""
     keys = ["mean", "min", *(f"p{p}" for p in PERCENTILES)]
     lines = [f"{'ms per image':>14}" + "".join(f"{key:>9}" for key in keys)]
-    for stage in ("pre-process", "inference", "NMS", "total"):
+    for stage in (*STAGES, "total"):
         lines.append(f"{stage:>14}" + "".join(f"{result[stage][key]:>9.2f}" for key in keys))
     lines.append(
         f"batch 1 at shape {tuple(result['shape'])}, {result['runs']} runs after {result['warm_up']} to warm up"
@@ -73,7 +73,7 @@ def write_study(rows: Iterable[Mapping[str, Any]], folder: str | Path) -> list[P
         mine = [row for row in rows if row["model"] == model]
         color = f"C{number}"
         sizes = [row["imgsz"] for row in mine]
-        times = [row["pre-process"] + row["inference"] + row["NMS"] for row in mine]
+        times = [sum(row[stage] for stage in STAGES) for row in mine]
         for key, style, marker in (("AP", "-", "o"), ("AP_S", "--", "s")):
             values = [row[key] for row in mine]
             for axis, x in ((axes[0, 0], sizes), (axes[0, 1], times)):
@@ -90,5 +90,5 @@ def write_study(rows: Iterable[Mapping[str, Any]], folder: str | Path) -> list[P
 def study_line(row: Mapping[str, Any]) -> str:
     """One measurement as text."""
     numbers = ", ".join(f"{key} {shown(row[key])}" for key in ("AP", "AP50", "AP_S", "AP_M", "AP_L"))
-    total = row["pre-process"] + row["inference"] + row["NMS"]
+    total = sum(row[stage] for stage in STAGES)
     return f"{row['model']} at {row['imgsz']}: {numbers}, {total:.1f} ms per image"

@@ -4,7 +4,6 @@ Whole batches are dealt out to the ranks as one process would form them; detecti
 measured on the main rank, so that the numbers do not depend on the number of processes.
 """
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,17 +13,15 @@ import torch
 from torch import Tensor
 
 from models.yolo import DetectionModel
-from utils.core.device import synchronize
 from utils.core.dist import Dist
 from utils.core.errors import UserError
 from utils.core.log import LOGGER
 from utils.engine.coco_eval import Labels, MetricSettings, Truth, coco_metrics, found_from_rows, truth_from_index
 from utils.engine.predict import DETECTION_BOUNDS, check_bounds
+from utils.engine.speed import Clock, Speed
 from utils.ops.letterbox import Letterbox
 from utils.ops.metrics import Curves, confusion_matrix
 from utils.ops.nms import non_max_suppression
-
-STAGES = ("pre-process", "inference", "NMS")
 
 
 class EvalBatch(Protocol):
@@ -85,7 +82,7 @@ class EvalResult:
     """The outcome of one validation. Numbers are on every rank; arrays beyond them on the main rank only."""
 
     metrics: dict[str, Any]  # as coco_eval.coco_metrics gives them; empty where there are no labels to measure by
-    speed_ms: dict[str, float]  # milliseconds per image of each of STAGES
+    speed_ms: dict[str, float]  # milliseconds per image of each stage, see utils/engine/speed.py
     loss: dict[str, float]  # mean of each loss part over the images, empty without a loss
     shape: tuple[int, ...]  # of the first batch as the network saw it
     detections: np.ndarray  # float32 [k, 7]: image number, x1, y1, x2, y2 in source pixels, confidence, class
@@ -133,29 +130,6 @@ class ModelPredictor:
         return self.decode(self.maps(images))
 
 
-class Timer:
-    """Adds up the time of named stages; waits for the device where its work is asynchronous."""
-
-    def __init__(self, device: torch.device | str):
-        self.device = torch.device(device)
-        self.total: dict[str, float] = {}
-        self.last = 0.0
-
-    def start(self) -> None:
-        self.last = self._now()
-
-    def lap(self, stage: str) -> float:
-        """Seconds since `start` or the last lap, booked on `stage`."""
-        now = self._now()
-        spent, self.last = now - self.last, now
-        self.total[stage] = self.total.get(stage, 0.0) + spent
-        return spent
-
-    def _now(self) -> float:
-        synchronize(self.device)
-        return time.perf_counter()
-
-
 @dataclass
 class _Shard:
     """What one rank found in its batches."""
@@ -163,10 +137,8 @@ class _Shard:
     rows: list[np.ndarray]
     scales: list[tuple[int, float]]
     losses: list[tuple[int, int, dict[str, float]]]
-    seconds: dict[str, float]
-    images: int = 0
+    speed: Speed = field(default_factory=Speed)
     broken: int = 0
-    shape: tuple[int, ...] = ()
 
 
 def validate(
@@ -208,29 +180,29 @@ def _run(
     on_batch: OnBatch | None,
 ) -> _Shard:
     """This rank's batches through the predictor."""
-    timer = Timer(predictor.device)
-    shard = _Shard([], [], [], timer.total)
+    shard = _Shard([], [], [])
+    clock = Clock(shard.speed, predictor.device)
     for step, batch in enumerate(loader):
         number = step * dist.world_size + dist.rank
-        timer.start()
+        clock.start()
         images = to_float(batch.images, predictor.device)
-        timer.lap(STAGES[0])
+        clock.lap("pre-process")
         if loss is None:
             predictions = predictor(images)
-            timer.lap(STAGES[1])
+            clock.lap("inference")
         else:
             maps = predictor.maps(images)
             predictions = predictor.decode(maps)
-            timer.lap(STAGES[1])
+            clock.lap("inference")
             with torch.no_grad():
                 parts = loss(maps, batch.targets)
             shard.losses.append((number, len(images), {k: float(v) for k, v in parts.items()}))
-            timer.start()
+            clock.start()
         detections, broken = suppress_batch(predictor, predictions, settings)
-        timer.lap(STAGES[2])
+        clock.lap("NMS")
         shard.broken += broken
-        shard.images += len(images)
-        shard.shape = shard.shape or tuple(images.shape)
+        shard.speed.images += len(images)
+        shard.speed.shape = shard.speed.shape or tuple(images.shape)
         if on_batch is not None:
             on_batch(number, batch, detections)
         for image, geometry, found in zip(batch.indices, batch.geometries, detections, strict=True):
@@ -292,13 +264,11 @@ def _merge(
     rows = [part for shard in shards for part in shard.rows if len(part)]
     table = np.concatenate(rows) if rows else np.zeros((0, 7), np.float32)
     table = table[np.argsort(table[:, 0], kind="stable")]
-    images = sum(shard.images for shard in shards)
-    speed = {s: 1000 * sum(shard.seconds.get(s, 0.0) for shard in shards) / max(images, 1) for s in STAGES}
+    speed = Speed.total(shard.speed for shard in shards)
     losses = sorted((entry for shard in shards for entry in shard.losses), key=lambda entry: entry[0])
     broken = sum(shard.broken for shard in shards)
     if broken:
         LOGGER.warning(f"{broken} predictions were NaN or infinite and were dropped")
-    shape = next((shard.shape for shard in shards if shard.shape), ())
     scale = np.ones(len(index))
     for image, value in (entry for shard in shards for entry in shard.scales):
         scale[image] = value
@@ -308,9 +278,9 @@ def _merge(
         names,
         settings,
         scale=scale,
-        speed_ms=speed,
+        speed_ms=speed.ms(),
         loss=_mean_loss(losses),
-        shape=shape,
+        shape=speed.shape,
         labeled=labeled,
     )
 

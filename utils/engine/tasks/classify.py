@@ -23,10 +23,10 @@ from utils.engine.classification import (
     class_table,
     draw_class_batch,
     measure,
-    speed_of,
     write_class_report,
 )
 from utils.engine.settings import TrainConfig
+from utils.engine.speed import speed_line
 from utils.engine.tasks import Evaluation, LossTerm
 
 METRICS = {"metrics/accuracy_top1": "top1", "metrics/accuracy_top5": "top5", "val/cls_loss": "loss"}
@@ -127,7 +127,7 @@ class ClassifyTask:
         metrics = result.metrics
         text = class_table(result, per_class=folder is not None and len(self.names) < 50)
         if folder is not None:
-            text += "\n" + speed_of(result)
+            text += "\n" + speed_line(result.speed_ms)
             if dist.is_main:
                 settings = {"data": str(self.spec.yaml), "imgsz": self.imgsz, "split": "val"}
                 write_class_report(folder, result, self.val_index, settings, figures=not self.config.noplots)

@@ -24,8 +24,9 @@ from utils.data.loader import Batch, EvalLoader, TrainLoader
 from utils.data.spec import DataSpec
 from utils.engine.pictures import BatchPictures, draw_train_batch
 from utils.engine.plots import plot_labels
-from utils.engine.report import speed_line, table, write_report
+from utils.engine.report import table, write_report
 from utils.engine.settings import TrainConfig
+from utils.engine.speed import speed_line
 from utils.engine.tasks import Evaluation, LossTerm
 from utils.engine.validate import ModelPredictor, ValSettings, to_float, validate
 from utils.ops.anchors import check_anchors
