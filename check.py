@@ -15,30 +15,26 @@ from utils.core.log import LOGGER
 from utils.data.check import check, problem_count, render
 from utils.data.check_picture import draw_check
 from utils.data.download import fetch
-from utils.data.labels import POLICIES
 from utils.data.spec import load_data
+from utils.engine.options import LabelOptions, RunFolderOptions
 
 
 @dataclass(frozen=True)
-class CheckConfig:
+class CheckConfig(RunFolderOptions, LabelOptions):
     """Options of check.py."""
 
-    data: str = option("data/coco128.yaml", "data YAML")
+    data: str = option("data/demo.yaml", "data YAML")
     imgsz: int = option(640, "network size in pixels, for the sizes after resizing", aliases=("img", "img_size"))
     splits: list[str] = option(
         [], "splits to check (default: all declared)", nargs="+", choices=("train", "val", "test")
     )
-    label_policy: str = option("clip", "what training would do with bad labels", choices=POLICIES)
+    project: str = option("runs/check", "folder of the runs")
     quick: bool = option(False, "read image headers only: no decoding, no search for duplicates")
     examples: int = option(3, "examples printed of each kind; check.json has one per kind and file, at most 20,000")
     max_problems: int = option(-1, "exit with code 1 above so many problems; -1: never")
     workers: int = option(-1, "processes; -1: all cores for large data sets, 0: this one")
-    rebuild_cache: bool = option(False, "read everything again")
     download: bool = option(False, "fetch what the YAML's 'download:' entry offers if images are missing")
     noplots: bool = option(False, "no picture")
-    project: str = option("runs/check", "results go to project/name")
-    name: str = option("exp", "results go to project/name")
-    exist_ok: bool = option(False, "an existing project/name is fine")
 
 
 def check_data(config: CheckConfig) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from utils.core.log import LOGGER
 from utils.data.frames import safe_name
 from utils.data.images import read_image
 from utils.data.index import build_index
-from utils.data.labels import POLICIES
 from utils.data.spec import DataSpec, load_data
 from utils.engine.bootstrap import Interval, check_bootstrap, paired_bootstrap
 from utils.engine.classification import compare_classes, comparison_lines, validate_classifier
@@ -30,6 +29,7 @@ from utils.engine.coco_eval import MetricSettings, Truth, coco_metrics, found_fr
 from utils.engine.coco_files import found_from_coco, truth_from_coco
 from utils.engine.comparison import comparison_table, judge, most_different, plot_bars, save_pairs
 from utils.engine.evaluation import EvalPlan, check_classes, evaluate
+from utils.engine.options import LabelOptions, MetricOptions, PredictorOptions, RunFolderOptions
 from utils.engine.predict import check_bounds, combine
 from utils.engine.report import write_json
 from utils.engine.validate import ValSettings, detection_limit
@@ -37,7 +37,7 @@ from utils.ops.metrics import Found
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(RunFolderOptions, LabelOptions, MetricOptions, PredictorOptions):
     """Options of compare.py."""
 
     weights: list[str] = option([], "the two model files, A and B", nargs="+")
@@ -47,36 +47,13 @@ class CompareConfig:
     annotations: str = option("", "COCO annotation file for --predictions")
     images: str = option("", "folder of the pictures for --predictions")
     labels: list[str] = option([], "names of A and B in figures; default: their files", nargs="+")
-    imgsz: list[int] = option(
-        [], "network size: one number, or height and width; default: each model's own",
-        aliases=("img", "img_size"), nargs="+",
-    )  # fmt: skip
-    batch_size: int = option(32, "images (or slices) at a time", aliases=("batch",))
     workers: int = option(8, "loader processes; 0 loads in the main process")
-    device: str = option("", "cpu, mps, or a GPU number")
-    half: bool = option(False, "16-bit floats where the runtime has them")
-    augment: bool = option(False, "test-time augmentation")
-    slice: int = option(0, "cut images into tiles of this many pixels (0: do not)")
-    overlap: float = option(0.2, "share of a tile that its neighbor sees too")
-    policy: str = option("clip", "what to do with bad labels", choices=POLICIES, aliases=("label_policy",))
     conf: float | None = option(None, "confidence of the pictures; default: each model's best F1")
     pictures: int = option(8, "how many images to show side by side")
     replicates: int = option(1000, "bootstrap replicates; 0: no bootstrap")
     level: float = option(0.95, "level of the bootstrap intervals")
     seed: int = option(0, "seed of the bootstrap")
-    iou_thrs: list[float] = option([], "IoU thresholds of AP; default 0.5 to 0.95 in steps of 0.05", nargs="+")
-    max_dets: list[int] = option([1, 10, 100], "detections per image and class that AP and AR count", nargs="+")
-    max_det: int | None = option(None, "most detections per image; default: 300, or the last of --max-dets if larger")
-    area_bins: list[float] = option([32.0, 96.0], "sides in pixels that part small, medium and large", nargs="+")
-    area_from: str = option(
-        "annotation", "object size: the annotation's area, or the box", choices=("annotation", "box")
-    )
-    area_pixels: str = option(
-        "source", "sizes in pixels of the image file, or of the network", choices=("source", "network")
-    )
     project: str = option("runs/compare", "folder of the runs")
-    name: str = option("exp", "name of this run's folder")
-    exist_ok: bool = option(False, "use an existing run folder instead of a new one")
 
 
 @dataclass(frozen=True)
@@ -126,7 +103,7 @@ def load_models(cfg: CompareConfig, spec: DataSpec) -> list[Predictor]:
 def from_models(cfg: CompareConfig, spec: DataSpec, predictors: Sequence[Predictor]) -> Sides:
     """Both sides by running the models."""
     dist = Dist.single(predictors[0].device)
-    index = build_index(spec, cfg.task, policy=cfg.policy)
+    index = build_index(spec, cfg.task, policy=cfg.label_policy, rebuild=cfg.rebuild_cache)
     if not len(index.cls):
         raise UserError(
             f"{spec.yaml}: the {len(index)} images of '{cfg.task}:' have no labels; there is nothing to compare by"

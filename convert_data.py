@@ -11,12 +11,12 @@ from utils.core.config import config_from_kwargs, option, parse_config, run_cli
 from utils.core.errors import UserError
 from utils.core.log import LOGGER
 from utils.data.convert import IMAGES, TARGETS, Converted, convert
-from utils.data.labels import POLICIES
 from utils.data.spec import load_data
+from utils.engine.options import LabelOptions
 
 
 @dataclass(frozen=True)
-class ConvertConfig:
+class ConvertConfig(LabelOptions):
     """Options of convert_data.py."""
 
     data: str = option("", "data YAML of the source")
@@ -27,7 +27,6 @@ class ConvertConfig:
     )
     images: str = option("link", "how the images get there", choices=IMAGES)
     polygons: bool = option(False, "write polygons to YOLO files instead of boxes, where there are any")
-    label_policy: str = option("clip", "what to do with bad labels", choices=POLICIES)
 
 
 def convert_data(config: ConvertConfig) -> dict[str, Converted]:

@@ -16,6 +16,7 @@ from utils.data.sources import has_sequence, open_source
 from utils.data.spec import load_data
 from utils.engine.classifying import PictureClassifier
 from utils.engine.draw import Style
+from utils.engine.options import NO_WEIGHTS, PredictorOptions, RunFolderOptions
 from utils.engine.pipeline import Behind, ahead
 from utils.engine.predict import Detector, PredictSettings, combine
 from utils.engine.records import Forms, Result, class_forms, detection_forms
@@ -44,20 +45,14 @@ RETIRED = {
 
 
 @dataclass(frozen=True)
-class DetectConfig:
+class DetectConfig(RunFolderOptions, PredictorOptions):
     """Options of detect.py; names and defaults as YOLOv5 users know them."""
 
-    weights: list[str] = option([], "model file(s): .pt, .onnx, ...; several are an ensemble", nargs="+")
     source: list[str] = option([], "picture, video, folder, glob, list file, URL, webcam number, screen", nargs="+")
     data: str = option("", "data YAML with the class names, for model files without metadata")
-    imgsz: list[int] = option(
-        [], "network size: one number, or height and width; default: what the model was trained for",
-        aliases=("img", "img_size"), nargs="+",
-    )  # fmt: skip
     conf_thres: float = option(0.25, "smallest confidence", aliases=("conf",))
     iou_thres: float = option(0.45, "NMS IoU", aliases=("iou",))
     max_det: int = option(1000, "most detections per picture")
-    device: str = option("", "cpu, mps, or a GPU number")
     view_img: bool = option(False, "show the results in windows; q ends")
     save_txt: bool = option(False, "write labels/*.txt, normalized")
     save_conf: bool = option(False, "add the confidence to --save-txt")
@@ -67,20 +62,14 @@ class DetectConfig:
     nosave: bool = option(False, "write no annotated pictures and videos")
     classes: list[int] | None = option(None, "only these class numbers", nargs="+")
     agnostic_nms: bool = option(False, "suppress overlaps across classes")
-    augment: bool = option(False, "test-time augmentation: three sizes, one mirrored")
-    slice: int = option(0, "cut pictures into tiles of this many pixels (0: do not)")
-    overlap: float = option(0.2, "share of a tile that its neighbor sees too")
     batch_size: int = option(1, "frames, or tiles with --slice, run at a time", aliases=("batch",))
     track: str = option("", "number the objects of a video", nargs="?", const="bytetrack", choices=tuple(TRACKERS))
     vid_stride: int = option(1, "use every n-th frame")
     stream_timeout: float = option(60.0, "give a stream up after so many seconds without a frame (0: never)")
     project: str = option("runs/detect", "folder of the runs")
-    name: str = option("exp", "name of this run's folder")
-    exist_ok: bool = option(False, "use an existing run folder instead of a new one")
     line_thickness: int = option(3, "line width in pixels")
     hide_labels: bool = option(False, "draw boxes without labels")
     hide_conf: bool = option(False, "draw labels without confidences")
-    half: bool = option(False, "16-bit floats where the runtime has them")
 
 
 @dataclass(frozen=True)
@@ -97,7 +86,7 @@ class DetectReport:
 def detect(cfg: DetectConfig) -> DetectReport:
     """Run the whole line; UserError when nothing of the source could be read."""
     if not cfg.weights:
-        raise UserError("no --weights given; train.py writes runs/train/exp/weights/best.pt (no weights are shipped)")
+        raise UserError(NO_WEIGHTS)
     if cfg.line_thickness < 1:
         raise UserError(f"--line-thickness {cfg.line_thickness}; expected 1 or more")
     if cfg.save_conf and not cfg.save_txt:

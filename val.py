@@ -19,12 +19,12 @@ from utils.core.files import increment_path
 from utils.core.log import LOGGER, quiet
 from utils.data.frames import unique_names
 from utils.data.index import LabelIndex, build_index
-from utils.data.labels import POLICIES
 from utils.data.spec import DataSpec, load_data
 from utils.engine.classification import class_table, validate_classifier, write_class_report
 from utils.engine.coco_eval import MetricSettings, coco_metrics
 from utils.engine.coco_files import coco_annotations, coco_results, found_from_coco, ids_from_names, truth_from_coco
 from utils.engine.evaluation import EvalPlan, check_classes, evaluate, iterate_images, predict_settings
+from utils.engine.options import NO_WEIGHTS, LabelOptions, MetricOptions, PredictorOptions, RunFolderOptions
 from utils.engine.pictures import BatchPictures
 from utils.engine.predict import Detector, PredictSettings, check_bounds, combine, size_step
 from utils.engine.report import MANY_CLASSES, summary, table, write_json, write_report, write_rows
@@ -41,26 +41,17 @@ RETIRED = {
 
 
 @dataclass(frozen=True)
-class ValConfig:
+class ValConfig(RunFolderOptions, LabelOptions, MetricOptions, PredictorOptions):
     """Options of val.py; names and defaults as YOLOv5 users know them."""
 
     data: str = option("data/demo.yaml", "data YAML")
-    weights: list[str] = option([], "model file(s): .pt, .onnx, ...; several are an ensemble", nargs="+")
-    batch_size: int = option(32, "images (or slices) at a time", aliases=("batch",))
-    imgsz: list[int] = option(
-        [], "network size: one number, or height and width; default: what the model was trained for",
-        aliases=("img", "img_size"), nargs="+",
-    )  # fmt: skip
     conf_thres: float | None = option(
         None, "smallest confidence; default: 0.001, and 0.25 with --task speed", aliases=("conf",)
     )
     iou_thres: float | None = option(None, "NMS IoU; default: 0.6, and 0.45 with --task speed", aliases=("iou",))
-    max_det: int | None = option(None, "most detections per image; default: 300, or the last of --max-dets if larger")
     task: str = option("val", "split to measure on, or speed (latency) or study (AP over image sizes)", choices=TASKS)
-    device: str = option("", "cpu, mps, or a GPU number")
     workers: int = option(8, "loader processes per rank; 0 loads in the main process")
     single_cls: bool = option(False, "treat all classes as one")
-    augment: bool = option(False, "test-time augmentation: three sizes, one mirrored")
     verbose: bool = option(False, f"a row per class also with {MANY_CLASSES} classes and more")
     save_txt: bool = option(False, "write labels/*.txt, normalized")
     save_conf: bool = option(False, "add the confidence to --save-txt")
@@ -68,23 +59,7 @@ class ValConfig:
     predictions: str = option("", "measure this file in COCO's result format instead of a model")
     annotations: str = option("", "COCO annotation file for --predictions")
     project: str = option("runs/val", "folder of the runs")
-    name: str = option("exp", "name of this run's folder")
-    exist_ok: bool = option(False, "use an existing run folder instead of a new one")
-    half: bool = option(False, "16-bit floats where the runtime has them")
     rect: bool = option(True, "batches of similar shape with little padding, where the model takes any shape")
-    policy: str = option("clip", "what to do with bad labels", choices=POLICIES, aliases=("label_policy",))
-    rebuild_cache: bool = option(False, "read all labels again")
-    iou_thrs: list[float] = option([], "IoU thresholds of AP; default 0.5 to 0.95 in steps of 0.05", nargs="+")
-    max_dets: list[int] = option([1, 10, 100], "detections per image and class that AP and AR count", nargs="+")
-    area_bins: list[float] = option([32.0, 96.0], "sides in pixels that part small, medium and large", nargs="+")
-    area_from: str = option(
-        "annotation", "object size: the annotation's area, or the box", choices=("annotation", "box")
-    )
-    area_pixels: str = option(
-        "source", "sizes in pixels of the image file, or of the network", choices=("source", "network")
-    )
-    slice: int = option(0, "cut images into tiles of this many pixels (0: do not)")
-    overlap: float = option(0.2, "share of a tile that its neighbor sees too")
     agnostic_nms: bool = option(False, "suppress overlaps across classes")
     sizes: list[int] = option(list(range(256, 1537, 128)), "image sizes of --task study", nargs="+")
     runs: int = option(100, "timed runs of --task speed")
@@ -154,7 +129,7 @@ def refuse_flags(cfg: ValConfig, where: str, flags: Sequence[str]) -> None:
 def load_models(cfg: ValConfig, spec: DataSpec, dist: Dist) -> list[Any]:
     """The model files as predictors."""
     if not cfg.weights:
-        raise UserError("no --weights given; train.py writes runs/train/exp/weights/best.pt (no weights are shipped)")
+        raise UserError(NO_WEIGHTS)
     size = cfg.imgsz or None
     found = [load_predictor(w, device=dist.device, half=cfg.half, names=spec.names, imgsz=size) for w in cfg.weights]
     classifier = next((w for w, model in zip(cfg.weights, found, strict=True) if model.task != "detect"), None)
@@ -177,7 +152,7 @@ def plan_for(cfg: ValConfig, predictor: Any) -> EvalPlan:
 def read_labels(cfg: ValConfig, spec: DataSpec, dist: Dist, split: str) -> LabelIndex:
     """The labels of a split, read once."""
     return dist.main_first(
-        lambda: build_index(spec, split, policy=cfg.policy, single_cls=cfg.single_cls, rebuild=cfg.rebuild_cache)
+        lambda: build_index(spec, split, policy=cfg.label_policy, single_cls=cfg.single_cls, rebuild=cfg.rebuild_cache)
     )
 
 
@@ -220,7 +195,7 @@ def new_folder(cfg: ValConfig, dist: Dist) -> Path:
 
 def describe_run(cfg: ValConfig, plan: EvalPlan, dist: Dist) -> dict[str, Any]:
     """What else decides the numbers, for metrics.json."""
-    keys = ("data", "weights", "task", "augment", "half", "policy")
+    keys = ("data", "weights", "task", "augment", "half", "label_policy")
     used = {key: value for key, value in config_dict(cfg).items() if key in keys}
     sliced = {"slice": plan.slice_size, "overlap": plan.overlap} if plan.slice_size else {}
     shape = {"imgsz": list(plan.imgsz), "rect": plan.rect, "batch_size": plan.batch_size, **sliced}

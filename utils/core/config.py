@@ -37,10 +37,28 @@ def option(
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors are UserErrors in one line instead of argparse's usage dump."""
+    """Errors are UserErrors in one line instead of argparse's usage dump; `--batch_size` is `--batch-size`."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
+
+    def parse_known_args(self, args: Sequence[str], namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:  # type: ignore[override]
+        return super().parse_known_args([_dashed(arg) for arg in args], namespace)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they are written, and defaults where there is something to say."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in ("", None, False) or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def _dashed(arg: str) -> str:
+    """`--batch_size=8` as `--batch-size=8`; what is no flag stays as it is."""
+    flag, equals, value = arg.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") else arg
 
 
 def _scalar_type(annotation: Any) -> Callable[[str], Any]:
@@ -59,12 +77,12 @@ def _default(field: dataclasses.Field) -> Any:
 
 def build_parser(cls: type, prog: str, description: str = "") -> argparse.ArgumentParser:
     """An ArgumentParser whose options are the fields of dataclass `cls`; unambiguous prefixes of flags are accepted."""
-    parser = _Parser(prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = _Parser(prog=prog, description=description, formatter_class=_Help)
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         meta = field.metadata
         names = [field.name, *meta["aliases"]]
-        flags = list(dict.fromkeys(f"--{n}" for name in names for n in (name.replace("_", "-"), name)))
+        flags = list(dict.fromkeys(f"--{name.replace('_', '-')}" for name in names))
         default = _default(field)
         text = meta["help"].replace("%", "%%")
         if isinstance(default, bool) and meta["nargs"] is None:
@@ -95,9 +113,9 @@ def parse_config(
     parser = build_parser(cls, prog, description)
     known = {flag for action in parser._actions for flag in action.option_strings}
     for token in argv:
-        flag = token.split("=")[0]
-        if retired and flag not in known and flag.replace("_", "-") in retired:
-            raise UserError(f"{flag} does not exist here: {retired[flag.replace('_', '-')]}")
+        flag = _dashed(token.split("=")[0])
+        if retired and flag not in known and flag in retired:
+            raise UserError(f"{flag} does not exist here: {retired[flag]}")
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         hint = nearest(unknown[0].split("=")[0], known)

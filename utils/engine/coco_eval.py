@@ -13,6 +13,7 @@ import numpy as np
 
 from utils.core.errors import UserError
 from utils.core.log import LOGGER
+from utils.engine.options import MetricOptions
 from utils.ops.metrics import Curves, Found, Objects, pr_curves
 
 COCO_IOU_THRS = tuple(np.linspace(0.5, 0.95, 10).tolist())
@@ -43,21 +44,6 @@ class Labels(Protocol):
     @property
     def category_ids(self) -> np.ndarray: ...
     def __len__(self) -> int: ...
-
-
-class MetricOptions(Protocol):
-    """The options of a verb that say how the numbers are computed; no thresholds mean COCO's."""
-
-    @property
-    def iou_thrs(self) -> Sequence[float]: ...
-    @property
-    def max_dets(self) -> Sequence[int]: ...
-    @property
-    def area_bins(self) -> Sequence[float]: ...
-    @property
-    def area_from(self) -> str: ...
-    @property
-    def area_pixels(self) -> str: ...
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from utils.core.config import option
 from utils.core.errors import UserError
+from utils.engine.options import LabelOptions, RunFolderOptions
 
 PRESETS = ("v6.0", "v7.0")
 
@@ -26,7 +27,7 @@ RETIRED = {
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(RunFolderOptions, LabelOptions):
     """Options of train.py; names and defaults are those of YOLOv5 6.0 where it has them."""
 
     weights: str = option("", "checkpoint to start from ('' = from scratch): this project's, or an official YOLOv5 .pt")
@@ -47,8 +48,6 @@ class TrainConfig:
     device: str = option("", "cpu, mps, 0, or 0,1,2,3 (starts torchrun)")
     workers: int = option(8, "loader processes per rank; 0 loads in the training process")
     project: str = option("runs/train", "folder of runs")
-    name: str = option("exp", "name of this run; a number is appended when it exists")
-    exist_ok: bool = option(False, "reuse the run folder instead of numbering a new one")
     seed: int = option(0, "seed of everything random")
     deterministic: str = option("off", "deterministic algorithms on GPUs", choices=("off", "warn", "error"))
     optimizer: str = option("SGD", "optimizer", choices=("SGD", "Adam", "AdamW"))
@@ -74,12 +73,8 @@ class TrainConfig:
     cache: str | None = option(
         None, "cache images in ram (shared by all workers) or on disk", nargs="?", const="ram", choices=("ram", "disk")
     )
-    label_policy: str = option(
-        "clip", "what a bad label costs", choices=("clip", "drop-box", "drop-image", "error"), aliases=("policy",)
-    )
     slice: int = option(0, "read large images as tiles of this size; 0 = whole images")
     overlap: float = option(0.2, "overlap of neighboring tiles, as a fraction of --slice")
-    rebuild_cache: bool = option(False, "read all labels again")
     download: bool = option(False, "allow the data YAML's download: entry to fetch and check files")
     loggers: list[str] = option(
         [], "loggers beside results.csv and TensorBoard", nargs="*", choices=("wandb", "mlflow")
