@@ -48,6 +48,7 @@ class CompareConfig(RunFolderOptions, LabelOptions, MetricOptions, PredictorOpti
     images: str = option("", "folder of the pictures for --predictions")
     labels: list[str] = option([], "names of A and B in figures; default: their files", nargs="+")
     workers: int = option(8, "loader processes; 0 loads in the main process")
+    iou_thres: float = option(0.6, "NMS IoU", aliases=("iou",))
     conf: float | None = option(None, "confidence of the pictures; default: each model's best F1")
     pictures: int = option(8, "how many images to show side by side")
     replicates: int = option(1000, "bootstrap replicates; 0: no bootstrap")
@@ -109,7 +110,7 @@ def from_models(cfg: CompareConfig, spec: DataSpec, predictors: Sequence[Predict
             f"{spec.yaml}: the {len(index)} images of '{cfg.task}:' have no labels; there is nothing to compare by"
         )
     metrics = MetricSettings.from_options(cfg)
-    settings = ValSettings(max_det=detection_limit(cfg.max_det, metrics), metrics=metrics)
+    settings = ValSettings(iou_thres=cfg.iou_thres, max_det=detection_limit(cfg.max_det, metrics), metrics=metrics)
     found, truths = [], []
     for predictor, label in zip(predictors, labels_of(cfg), strict=True):
         check_classes(predictor, spec.names, spec.yaml.name)

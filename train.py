@@ -18,6 +18,7 @@ from utils.core.config import config_dict, config_from_kwargs, given_options, pa
 from utils.core.device import check_gpus, describe, parse_device
 from utils.core.dist import Dist, launched, relaunch
 from utils.core.errors import UserError
+from utils.core.files import project_file
 from utils.core.hyp import Hyp, load_hyp
 from utils.core.log import LOGGER, quiet
 from utils.core.yamls import dump_yaml
@@ -33,7 +34,6 @@ from utils.engine.tasks.classify import ClassifyTask
 from utils.engine.tasks.detect import DetectTask
 from utils.engine.trainer import EXIT_INTERRUPTED, Interrupted, Trainer, precision, set_determinism
 
-HERE = Path(__file__).resolve().parent
 PRESET_HYP = {"v6.0": "hyp.scratch.yaml", "v7.0": "hyp.scratch-low.yaml"}
 TASKS = {"detect": DetectTask, "classify": ClassifyTask}
 
@@ -51,8 +51,7 @@ class TrainResult:
 def read_hyp(config: TrainConfig) -> Hyp:
     """The hyper-parameters of a new run: --hyp, else the preset's file; names of data/hyps are found from anywhere."""
     name = config.hyp_file or PRESET_HYP[config.preset]
-    path = next((p for p in (Path(name), HERE / name, HERE / "data" / "hyps" / name) if p.is_file()), Path(name))
-    return load_hyp(path, config.hyp_overrides)
+    return load_hyp(project_file(name, "--hyp file", "data/hyps"), config.hyp_overrides)
 
 
 def make_model(config: TrainConfig, spec: DataSpec, hyp: Hyp) -> tuple[Network, dict[str, Any]]:

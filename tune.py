@@ -15,7 +15,7 @@ from typing import Any
 
 from utils.core.config import config_dict, config_from_kwargs, find_option, given_options, option, parse_config, run_cli
 from utils.core.errors import UserError
-from utils.core.files import atomic_write
+from utils.core.files import atomic_write, project_file
 from utils.core.log import LOGGER
 from utils.core.yamls import dump_yaml, load_yaml
 from utils.engine.search import Range, TrainingRun, load_space, plot_parallel
@@ -200,15 +200,10 @@ def join(config: TuneConfig, given: Set[str]) -> tuple[TuneConfig, Path]:
     return config, folder
 
 
-def find(name: str) -> Path:
-    """A YAML by its path, also relative to the project."""
-    return Path(name) if Path(name).is_file() else HERE / name
-
-
 def tune(config: TuneConfig, given: Set[str]) -> TuneReport:
     """Run trials until the study has as many as asked for, then write what was found; `given`: see `join`."""
     config, folder = join(config, given)
-    space = load_space(find(config.space))
+    space = load_space(project_file(config.space, "--space file", "data/hyps"))
     study = open_study(config, folder, space)
     import optuna
 

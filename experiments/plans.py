@@ -84,7 +84,7 @@ class Experiment:
     models: tuple[str, ...] = field(default=())
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        """Names of the runs to compare, seed by seed."""
+        """Names of the runs that are compared with each other."""
         for a, b in self.compare:
             for suffix in [f"@{value}" for value in self.vary] or [""]:
                 yield f"{a}{suffix}", f"{b}{suffix}"

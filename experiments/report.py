@@ -172,14 +172,20 @@ def benchmark_block(record: Record, *names: str) -> str:
     return "\n\n".join(parts)
 
 
-def missing_block(experiments: Sequence[Experiment], results: Sequence[Row]) -> str:
+def missing_block(experiments: Sequence[Experiment], record: Record) -> str:
     """What is planned and not recorded, with the command that runs it."""
-    done = {(row["experiment"], row["run"], row["seed"]) for row in results}
+    done = {(row["experiment"], row["run"], row["seed"]) for row in record.results}
+    compared = {(row["experiment"], row["a"], row["b"], row["seed"]) for row in record.differences}
     lines = []
     for experiment in experiments:
-        missing = [run for run in experiment.runs if run.key not in done]
+        missing = [f"{run.name} (seed {run.seed})" for run in experiment.runs if run.key not in done]
+        for a, b in experiment.pairs():
+            seeds = dict.fromkeys(str(run.seed) for run in experiment.runs if run.name == a)
+            absent = [seed for seed in seeds if (experiment.name, a, b, seed) not in compared]
+            if absent:
+                missing.append(f"the paired difference {b} − {a} (seed {', '.join(absent)})")
         if missing:
-            names = ", ".join(dict.fromkeys(f"{run.name} (seed {run.seed})" for run in missing))
+            names = ", ".join(missing)
             call = command("-m experiments.run", [f"experiments/{experiment.name}.yaml"])
             lines.append(f"- {experiment.name}: {names}. `{call}`")
     return "\n".join(lines) or "Everything that is planned has been run."
@@ -233,7 +239,7 @@ def report(config: ReportConfig) -> list[Path]:
     results["coco_cost"] = lambda: benchmark_block(record, "coco_cost")
     results["costs"] = lambda: benchmark_block(record, "costs")
     results["speed"] = lambda: benchmark_block(record, *SPEED)
-    results["missing"] = lambda: missing_block(experiments, record.results)
+    results["missing"] = lambda: missing_block(experiments, record)
     blocks: list[Mapping[str, Callable[[], str]]] = [
         results, {"architectures": lambda: benchmark_block(record, "architectures")}, {"models": model_table},
     ]  # fmt: skip

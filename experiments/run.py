@@ -18,12 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from experiments import ledger
-from experiments.plans import ROOT, Experiment, Run, all_experiments, command, relative
+from experiments.plans import ROOT, Experiment, Run, all_experiments, command, flags, relative
 from utils.core.config import option, parse_config, run_cli
 from utils.core.errors import UserError
 from utils.core.log import LOGGER
 
 SMOKE_TRAIN = {"epochs": 1, "imgsz": 64, "batch-size": 4, "workers": 0, "device": "cpu", "noplots": True}
+SHARED_OPTIONS = (
+    "iou-thres",
+    "iou-thrs",
+    "max-dets",
+    "area-bins",
+    "area-from",
+    "slice",
+    "overlap",
+)  # val.py, compare.py
 SMOKE_VAL = {"batch-size": 4, "workers": 0, "device": "cpu", "noplots": True}
 
 
@@ -120,6 +129,7 @@ class Runner:
         folder.mkdir(parents=True, exist_ok=True)
         args = ["--weights", *weights, "--data", a.val_data, "--labels", a.name, b.name, "--imgsz"]
         args += [str(a.train["imgsz"]), "--project", relative(folder), "--name", "compare", "--exist-ok"]
+        args += flags({key: value for key, value in a.val.items() if key in SHARED_OPTIONS})
         if self.config.smoke:
             args += ["--replicates", "20", "--pictures", "1", "--workers", "0", "--device", "cpu"]
         self.execute("compare.py", args, folder)

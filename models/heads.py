@@ -83,5 +83,7 @@ def _decode_level(p: Tensor, anchors: Tensor, stride: int) -> Tensor:
     square = pad(4 * anchors.view(na, 1, 1, 2), (2, outputs - 4))
     linear = pad(p.new_tensor((2 * stride, 2 * stride, 0, 0)), (0, outputs - 4), value=1.0)
     columns, rows = ((torch.arange(n, device=p.device, dtype=p.dtype) - 0.5) * stride for n in (w, h))
-    x, y = pad(columns.view(w, 1), (0, outputs - 1)), pad(rows.view(h, 1, 1), (1, outputs - 2))
+    # Products, not padding: OpenVINO's int8 passes move a subtraction past a pad, which shifts the boxes.
+    first, second = (pad(p.new_ones(1), (i, outputs - 1 - i)) for i in (0, 1))
+    x, y = columns.view(w, 1) * first, rows.view(h, 1, 1) * second
     return torch.addcmul(linear, p, square).mul_(p).add_(x).add_(y).reshape(b, na * h * w, outputs)

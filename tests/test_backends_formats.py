@@ -14,6 +14,7 @@ from models.backends.graph import NmsSettings
 from models.backends.verify import TOLERANCES, Difference, compare_detections, compare_raw
 from models.fusion import fuse
 from utils.core.errors import UserError
+from utils.ops.nms import non_max_suppression
 
 RUNNABLE = [n for n, f in FORMATS.items() if f.exports and n != "engine"]
 NMS = NmsSettings(conf_thres=0.4, iou_thres=0.5, max_det=300)
@@ -97,12 +98,13 @@ def test_all_combinations_give_the_boxes_of_pytorch(fmt, dynamic, precision, cou
     assert not found.failures(TOLERANCES[precision]), found
 
 
+@pytest.mark.parametrize("dynamic", [None, pytest.param("all", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fmt", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])
-def test_int8_keeps_the_head_in_float_and_finds_the_same(fmt, model, tmp_path):
+def test_int8_keeps_the_head_in_float_and_finds_the_same(fmt, dynamic, model, tmp_path):
     if fmt == "openvino":
         pytest.importorskip("nncf")
     calibration = [pictures(1), pictures(3)[1:2]]
-    predictor = export(fmt, model, tmp_path, precision="int8", calibration=calibration, nms=NMS)
+    predictor = export(fmt, model, tmp_path, precision="int8", calibration=calibration, nms=NMS, dynamic=dynamic)
     found = difference(model, predictor, pictures(3))
     assert not found.failures(TOLERANCES["int8"]), found
 
@@ -251,3 +253,36 @@ def test_differences_are_judged():
     for one in (fine, broken, shape):
         total.add(one)
     assert total.failures(TOLERANCES["fp32"]) == ["the output holds NaN or infinity"] and total.images == 3
+
+
+def raw_and_rows(seed: int = 0, count: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
+    """Crowded predictions [N, 5 + 3] of an image, and what NMS leaves of them."""
+    rng = torch.Generator().manual_seed(seed)
+    boxes = torch.cat((torch.rand(count, 2, generator=rng) * 90, torch.rand(count, 2, generator=rng) * 30 + 10), 1)
+    raw = torch.cat((boxes, torch.rand(count, 4, generator=rng) * 0.8 + 0.1), 1)
+    return raw, non_max_suppression(raw[None], conf_thres=NMS.conf_thres, iou_thres=NMS.iou_thres, max_det=NMS.max_det)[
+        0
+    ]
+
+
+def test_nms_inside_a_file_is_judged():
+    raw, rows = raw_and_rows()
+    assert not compare_detections(raw, rows, NMS).failures(TOLERANCES["fp32"])
+    nothing_suppressed = non_max_suppression(raw[None], conf_thres=NMS.conf_thres, iou_thres=1.0)[0]
+    (told,) = compare_detections(raw, nothing_suppressed, NMS).failures(TOLERANCES["fp32"])
+    assert "overlap by more than the IoU" in told
+    (told,) = compare_detections(raw, rows[:1], NMS).failures(TOLERANCES["fp32"])
+    assert told.startswith("1 of ") and "found again" in told
+    few = replace(NMS, max_det=3)
+    assert not compare_detections(raw, rows[:3], few).failures(TOLERANCES["fp32"]), "a full list may be cut"
+    assert compare_detections(raw, rows[:1], few).failures(TOLERANCES["fp32"]), "one that is not full may not"
+    moved = rows + torch.tensor([0.2, 0, 0, 0, 0, 0])
+    assert "boxes differ" in compare_detections(raw, moved, NMS).failures(TOLERANCES["fp32"])[0]
+
+
+def test_a_class_that_flips_in_rounding_is_no_difference():
+    raw = torch.tensor([[50.0, 50, 20, 20, 0.9, 0.500, 0.501, 0.1]])
+    flipped = torch.tensor([[40.0, 40, 60, 60, 0.9 * 0.501, 0]])
+    assert not compare_detections(raw, flipped, NMS, tie=0.04).failures(TOLERANCES["fp16"])
+    wrong = torch.tensor([[40.0, 40, 60, 60, 0.9 * 0.1, 2]])
+    assert compare_detections(raw, wrong, NMS, tie=0.04).failures(TOLERANCES["fp16"])

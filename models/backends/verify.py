@@ -14,6 +14,7 @@ from utils.ops.nms import non_max_suppression
 
 CONFIDENT = 0.25
 NEAR_PX = 2.0
+LOOSE = 0.1  # how far scores may be apart where a precision does not judge them one by one
 NOT_FINITE = "the output holds NaN or infinity"
 LEAST_ROWS = 100  # the best rows of an image that are compared even where nothing is confident
 
@@ -46,6 +47,7 @@ class Difference:
     boxes: int = 0
     detections: int = 0
     found: int = 0
+    unsuppressed: int = 0  # pairs of detections of which NMS should have left one
     images: int = 0
     problem: str = ""  # what made a comparison impossible
 
@@ -56,6 +58,7 @@ class Difference:
         self.boxes += other.boxes
         self.detections += other.detections
         self.found += other.found
+        self.unsuppressed += other.unsuppressed
         self.images += 1
         self.problem = self.problem or other.problem
 
@@ -66,6 +69,8 @@ class Difference:
             out.append(f"boxes differ by {self.px:.3g} px, allowed are {tolerance.px:g}")
         if tolerance.score is not None and self.score > tolerance.score:
             out.append(f"scores differ by {self.score:.3g}, allowed are {tolerance.score:g}")
+        if self.unsuppressed:
+            out.append(f"{self.unsuppressed} pairs of detections overlap by more than the IoU of the NMS inside")
         if self.found < tolerance.found * self.detections:
             out.append(f"{self.found} of {self.detections} detections found again, expected {tolerance.found:.0%}")
         return out
@@ -81,16 +86,17 @@ class Difference:
 
 def compare(reference: Predictor, candidate: Predictor, batches: Iterable[Tensor]) -> Difference:
     """Runs both on the same batches. `reference` gives raw predictions or logits, `candidate` what its file gives."""
-    total = Difference()
+    total, precision = Difference(), candidate.metadata.precision
+    tie = 2 * (TOLERANCES[precision].score or LOOSE)
     for images in batches:
         expected, given = reference(images).cpu(), candidate(images)
         for i in range(len(images)):
             if candidate.task == "classify":
                 total.add(_compare_values(expected[i], given[i].cpu()))
             elif candidate.end2end:
-                total.add(compare_detections(expected[i], given[i].cpu(), _settings(candidate)))
+                total.add(compare_detections(expected[i], given[i].cpu(), _settings(candidate), tie))
             else:
-                total.add(compare_raw(expected[i], given[i].cpu(), exact=candidate.metadata.precision == "fp32"))
+                total.add(compare_raw(expected[i], given[i].cpu(), tie, exact=precision == "fp32"))
     return total
 
 
@@ -120,10 +126,11 @@ def _worst(expected: Tensor, given: Tensor) -> float:
     return (expected - given).abs().max().item() if expected.numel() else 0.0
 
 
-def compare_raw(expected: Tensor, given: Tensor, *, exact: bool = True) -> Difference:
+def compare_raw(expected: Tensor, given: Tensor, tie: float = 0.0, *, exact: bool = True) -> Difference:
     """Decoded predictions [N, 5 + nc] of one image: row against row, on PyTorch's confident and best rows.
 
-    Where not `exact` (16 and 8 bits), on its confident rows, and on the best ones only where none is.
+    Where not `exact` (16 and 8 bits), on its confident rows, and on the best ones only where none is. Scores less than
+    `tie` apart may change places.
     """
     if problem := _problem(expected, given):
         return Difference(problem=problem)
@@ -132,25 +139,29 @@ def compare_raw(expected: Tensor, given: Tensor, *, exact: bool = True) -> Diffe
     rows = conf.topk(max(sure, least) if exact else sure or least).indices
     px = (cxcywh_to_xyxy(expected[rows, :4]) - cxcywh_to_xyxy(given[rows, :4])).abs().max().item()
     own, other = (t[rows, 4:5] * t[rows, 5:] for t in (expected, given))
-    detections = [non_max_suppression(t[None], conf_thres=CONFIDENT)[0] for t in (expected, given)]
-    found = _found(*detections, margin=CONFIDENT + 0.02, iou_thres=0.4)
-    return Difference(px, (own - other).abs().max().item(), _worst(expected, given), len(rows), *found)
+    result = Difference(px, (own - other).abs().max().item(), _worst(expected, given), len(rows))
+    if sure:
+        kept, again = (non_max_suppression(t[None], conf_thres=CONFIDENT, max_det=sure)[0] for t in (expected, given))
+        alike = _alike(kept, again, expected, tie)
+        result.detections, result.found = _found(kept, again, alike, margin=CONFIDENT + 0.02, iou_thres=0.4)
+    return result
 
 
-def compare_detections(expected: Tensor, given: Tensor, nms: NmsSettings) -> Difference:
+def compare_detections(expected: Tensor, given: Tensor, nms: NmsSettings, tie: float = 0.0) -> Difference:
     """Raw predictions [N, 5 + nc] of PyTorch against rows [n, 6] of a file with NMS inside, for one image.
 
-    Where two boxes have nearly the same score, rounding may decide which one suppresses the other. So a given box must
-    equal one of PyTorch's boxes before NMS, and each of PyTorch's boxes after NMS must be there or be suppressed by one
-    that is.
+    Where two scores are less than `tie` apart, rounding may decide which box suppresses the other, and which class a
+    box has. So a given box must equal one of PyTorch's boxes before NMS, no two given boxes may overlap as NMS forbids,
+    and each of PyTorch's boxes after NMS must be there or be suppressed by one that is.
     """
     if not given.isfinite().all():
         return Difference(problem=NOT_FINITE)
-    conf, labels = (expected[:, 4:5] * expected[:, 5:]).max(1)
-    boxes = cxcywh_to_xyxy(expected[:, :4])
+    scores, boxes = expected[:, 4:5] * expected[:, 5:], cxcywh_to_xyxy(expected[:, :4])
+    best_score = scores.amax(1)
     result = Difference(boxes=len(given))
     for row in given:
-        likely = (labels == int(row[5])) & (conf > nms.conf_thres / 2)
+        conf = scores[:, int(row[5])]
+        likely = (conf >= best_score - tie) & (conf > nms.conf_thres / 2)
         if not likely.any():
             return Difference(px=float("inf"), score=1.0, worst=float("inf"), boxes=len(given))
         px, score = (boxes[likely] - row[:4]).abs().amax(1), (conf[likely] - row[4]).abs()
@@ -160,25 +171,33 @@ def compare_detections(expected: Tensor, given: Tensor, nms: NmsSettings) -> Dif
     own = non_max_suppression(
         expected[None], conf_thres=nms.conf_thres, iou_thres=nms.iou_thres, max_det=nms.max_det, agnostic=nms.agnostic
     )[0]
-    full = len(own) >= nms.max_det
-    result.detections, result.found = (
-        (0, 0)
-        if full
-        else _found(own, given, margin=nms.conf_thres + 0.02, iou_thres=0.95 * nms.iou_thres, agnostic=nms.agnostic)
-    )
+    full = len(given) >= nms.max_det
+    margin = max(nms.conf_thres + 0.02, float(given[:, 4].min()) + tie if full else 0.0)  # no room for lower ones
+    alike = torch.ones(len(own), len(given), dtype=torch.bool) if nms.agnostic else _alike(own, given, expected, tie)
+    result.detections, result.found = _found(own, given, alike, margin=margin, iou_thres=0.95 * nms.iou_thres)
+    rivals = box_iou(given[:, :4], given[:, :4]) > nms.iou_thres + 1e-3
+    if not nms.agnostic:
+        rivals &= given[:, None, 5] == given[None, :, 5]
+    result.unsuppressed = int(rivals.triu(1).sum())
     return result
 
 
-def _found(own: Tensor, given: Tensor, margin: float, iou_thres: float, agnostic: bool = False) -> tuple[int, int]:
-    """How many of `own` [n, 6] are above `margin`, and how many of those overlap, or nearly equal, a `given` box of
-    their class. (The IoU of boxes a few pixels wide falls to nothing at shifts that are allowed.)"""
-    own = own[own[:, 4] > margin]
-    if not len(own) or not len(given):
-        return len(own), 0
-    overlap = box_iou(own[:, :4], given[:, :4]) >= iou_thres
+def _alike(own: Tensor, given: Tensor, expected: Tensor, tie: float) -> Tensor:
+    """Which `given` rows have a class that PyTorch's `expected` scores as high as that of an `own` row, but for `tie`:
+    bool [len(own), len(given)]."""
+    source = torch.cdist(own[:, :4], cxcywh_to_xyxy(expected[:, :4]), p=float("inf")).argmin(1)
+    scores = expected[source, 4:5] * expected[source, 5:]
+    return (scores >= own[:, 4:5] - tie)[:, given[:, 5].long()]
+
+
+def _found(own: Tensor, given: Tensor, alike: Tensor, margin: float, iou_thres: float) -> tuple[int, int]:
+    """How many of `own` [n, 6] are above `margin`, and how many of those overlap, or nearly equal, a `given` box that
+    is `alike`. Boxes are grown first: the IoU of small ones falls to nothing at shifts that are allowed."""
+    sure = own[:, 4] > margin
+    grow = own.new_tensor((-1, -1, 1, 1)) * NEAR_PX / 2
+    overlap = box_iou(own[:, :4] + grow, given[:, :4] + grow) >= iou_thres
     overlap |= (own[:, None, :4] - given[None, :, :4]).abs().amax(-1) <= NEAR_PX
-    same = torch.ones_like(overlap) if agnostic else own[:, None, 5] == given[None, :, 5]
-    return len(own), int((overlap & same).any(1).sum())
+    return int(sure.sum()), int((overlap & alike).any(1)[sure].sum())
 
 
 def milliseconds(predictor: Predictor, images: Tensor, runs: int = 10) -> float:

@@ -1,4 +1,4 @@
-"""Files: atomic writes, run folders, the user's cache folder, and near misses of names."""
+"""Files: atomic writes, run folders, the user's cache folder, the project's own files, and near misses of names."""
 
 import difflib
 import os
@@ -79,6 +79,17 @@ def existing_file(path: str | Path, what: str) -> Path:
     if not found.is_file():
         raise UserError(f"{what} '{path}' not found; expected a file (working directory: {Path.cwd()})")
     return found
+
+
+def project_file(name: str | Path, what: str, *folders: str) -> Path:
+    """A file by its path, by its path in the project, or by its name in one of the project's `folders`."""
+    home = Path(__file__).resolve().parents[2]
+    for place in (Path(name), home / name, *(home / folder / name for folder in folders)):
+        if place.is_file():
+            return place
+    known = sorted(path.name for folder in folders for path in (home / folder).glob("*.yaml"))
+    hint = nearest(Path(name).name, known) or f"; there are {', '.join(known)}"
+    raise UserError(f"{what} '{name}' not found (working directory: {Path.cwd()}){hint}")
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -97,9 +97,10 @@ def _pair(text: str) -> tuple[str, float]:
 
 def load_hyp(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Hyp:
     """Read a hyp YAML (None: the defaults) and apply `key=value` overrides. Unknown keys are refused."""
-    values = dict(load_yaml(source)) if source else {}
-    values.update(_pair(text) for text in overrides)
-    for key in values:
-        if key not in HYP_KEYS:
-            raise UserError(f"{source or '--hyp'}: unknown hyper-parameter '{key}'{nearest(str(key), HYP_KEYS)}")
-    return Hyp(**values)
+    own = dict(load_yaml(source)) if source else {}
+    given = dict(_pair(text) for text in overrides)
+    for origin, values in ((source, own), ("--hyp", given)):
+        for key in values:
+            if key not in HYP_KEYS:
+                raise UserError(f"{origin}: unknown hyper-parameter '{key}'{nearest(str(key), HYP_KEYS)}")
+    return Hyp(**{**own, **given})

@@ -15,6 +15,7 @@ from utils.core.errors import UserError
 from utils.core.files import nearest
 from utils.core.hyp import HYP_KEYS
 from utils.core.yamls import load_yaml
+from utils.ops.metrics import fitness
 
 AP50, AP = "metrics/mAP_0.5", "metrics/mAP_0.5:0.95"
 
@@ -79,7 +80,7 @@ def epoch_values(results: Path, metric: str) -> list[float]:
     values = []
     for row in rows:
         if metric == "fitness" and row.get(AP):
-            value = 0.1 * float(row[AP50]) + 0.9 * float(row[AP])
+            value = fitness(float(row[AP50]), float(row[AP]))
         elif metric == "fitness":
             value = float(row.get("metrics/accuracy_top1") or "nan")
         elif f"metrics/{metric}" in row:

@@ -20,7 +20,7 @@ from utils.engine.coco_eval import Labels, MetricSettings, Truth, coco_metrics, 
 from utils.engine.predict import DETECTION_BOUNDS, check_bounds
 from utils.engine.speed import Clock, Speed
 from utils.ops.letterbox import Letterbox
-from utils.ops.metrics import Curves, confusion_matrix
+from utils.ops.metrics import Curves, confusion_matrix, fitness
 from utils.ops.nms import non_max_suppression
 
 
@@ -92,9 +92,9 @@ class EvalResult:
 
     @property
     def fitness(self) -> float:
-        """0.1 AP50 + 0.9 AP, what `best.pt` is chosen by; 0 where nothing could be measured."""
+        """What `best.pt` is chosen by; 0 where nothing could be measured."""
         nothing = float("nan")
-        return float(np.nan_to_num(0.1 * self.metrics.get("AP50", nothing) + 0.9 * self.metrics.get("AP", nothing)))
+        return float(np.nan_to_num(fitness(self.metrics.get("AP50", nothing), self.metrics.get("AP", nothing))))
 
 
 class ModelPredictor:

@@ -29,6 +29,11 @@ class Objects:
         return len(self.cls)
 
 
+def fitness(ap50: float, ap: float) -> float:
+    """0.1 AP50 + 0.9 AP, what `best.pt` is chosen by."""
+    return 0.1 * ap50 + 0.9 * ap
+
+
 @dataclass(frozen=True)
 class Found:
     """Detections of a whole data set, packed like Objects."""
