@@ -71,14 +71,23 @@ def fit(x: Tensor, before: Pair, size: Pair, value: float = 0.0) -> Tensor:
     return F.pad(x, (left, right, top, bottom), value=value)
 
 
+def _spd(x: Tensor, scale: Pair) -> Tensor:
+    """`space_to_depth` of a map whose sides `scale` divides, for torch.export as slices: of open sides a reshape would
+    demand that they be multiples, where here the padding sees to it."""
+    if not torch.compiler.is_exporting():
+        return space_to_depth(x, scale)
+    rows, columns = scale
+    return torch.cat([x[:, :, row::rows, column::columns] for column in range(columns) for row in range(rows)], 1)
+
+
 def grouped_spd(x: Tensor, scale: Pair, groups: int) -> Tensor:
     """SPD in each of `groups` channel groups, so that a grouped convolution finds all blocks of a group together."""
     if x.ndim == 3:  # torch's layers take one image without a batch, too
         return grouped_spd(x[None], scale, groups)[0]
     if groups == 1:
-        return space_to_depth(x, scale)
+        return _spd(x, scale)
     b, c, h, w = x.shape
-    blocks = space_to_depth(x.reshape(b * groups, c // groups, h, w), scale)
+    blocks = _spd(x.reshape(b * groups, c // groups, h, w), scale)
     return blocks.reshape(b, c * scale[0] * scale[1], *blocks.shape[-2:])
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from models.stride_layers import BlockConv, BlockMean, DenseMax, Pair, Squeezed, Window, lift_kernel
 from models.trace import Calls, observe
@@ -77,15 +77,17 @@ def replace_strides(
             raise UserError(f"replace_strides got {given!r}; expected {' or '.join(choices)}")
     if any(isinstance(layer, torch.jit.ScriptModule) for layer in module.modules()):
         raise UserError("the module is compiled by TorchScript; replace the strides of the module that it was made of")
-    calls = observe(module, example)
-    if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
+    if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+        raise UserError("the module is on the meta device and has no values; replace the strides once it has weights")
+    calls, shared = observe(module, example), _shared(module)
+    if any(is_lazy(p) for p in module.parameters()):
         raise UserError(f"the module has lazy layers without sizes yet, and {calls.failure or 'some were not used'}")
     before = sum(p.numel() for p in module.parameters())
     sites, skipped, swaps = [], [], {}
     for name, layer in module.named_modules():
         if not name and _is_site(layer):
             raise UserError(f"the module is a {type(layer).__name__} itself; wrap it in nn.Sequential to replace it")
-        reason = _obstacle(layer, calls, pooling)
+        reason = (shared.get(layer) if _is_site(layer) else "") or _obstacle(layer, calls, pooling)
         if reason:
             skipped.append((name, reason))
         elif type(layer) in _MAKERS and _is_site(layer) and (pooling or isinstance(layer, nn.Conv2d)):
@@ -141,6 +143,10 @@ def _obstacle(layer: nn.Module, calls: Calls, pooling: bool) -> str:
     if isinstance(layer, _ADAPTIVE):
         size = layer.output_size if isinstance(layer.output_size, tuple) else (layer.output_size,) * 2
         return f"{type(layer).__name__} to a fixed size has no stride" if pooling and set(size) != {1} else ""
+    if isinstance(layer, nn.PixelUnshuffle) and layer.downscale_factor > 1:
+        return "PixelUnshuffle is SPD already, in another order of channels"
+    if isinstance(layer, nn.Upsample) and layer.scale_factor is not None and _least(layer.scale_factor) < 1:
+        return f"Upsample by {layer.scale_factor} has no SPD form"
     if not _is_site(layer) or (not pooling and isinstance(layer, _POOLS)):
         return ""
     kind = type(layer)
@@ -153,11 +159,35 @@ def _obstacle(layer: nn.Module, calls: Calls, pooling: bool) -> str:
         return "it has hooks (such as weight normalization)"
     if "forward" in vars(layer):
         return "its forward was exchanged, it may compute something else"
+    if layer in calls.outside:
+        return "its weight is used outside of its own forward"
+    if not calls.was_used(layer):
+        return calls.why_unknown(layer)
     if isinstance(layer, nn.MaxPool2d) and layer.return_indices:
         return "return_indices=True"
     if isinstance(layer, _POOLS) and calls.channels(layer) is None:
         return f"its number of channels is unknown: {calls.why_unknown(layer)}"
     return ""
+
+
+def _least(value: float | tuple[float, ...]) -> float:
+    return min(value) if isinstance(value, tuple) else value
+
+
+def _shared(module: nn.Module) -> dict[nn.Module, str]:
+    """Layers that hold a parameter of another layer, each with the reason why it stays; a copy would untie them."""
+    holders: dict[nn.Parameter, list[tuple[nn.Module, str, str]]] = {}
+    for name, layer in module.named_modules():
+        for key, parameter in layer._parameters.items():
+            if parameter is not None:
+                holders.setdefault(parameter, []).append((layer, key, f"{name}.{key}" if name else key))
+    reasons: dict[nn.Module, str] = {}
+    for group in holders.values():
+        for layer, key, own in group:
+            others = [path for _, _, path in group if path != own]
+            if others:
+                reasons[layer] = f"its {key} is shared with {' and '.join(others)}"
+    return reasons
 
 
 def _count(layer: nn.Module) -> int:

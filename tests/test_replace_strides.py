@@ -215,6 +215,11 @@ def test_double_precision_is_kept() -> None:
         same(net, torch.randn(1, 3, 21, 22, dtype=torch.float64), tolerance=1e-14)
 
 
+def test_a_module_without_parameters_takes_the_type_of_the_example() -> None:
+    for pool in (nn.MaxPool2d(2), nn.AvgPool2d(3, 2, 1, ceil_mode=True)):
+        same(nn.Sequential(pool), torch.randn(1, 3, 21, 22, dtype=torch.float64), tolerance=1e-14)
+
+
 def test_lazy_layers_take_their_sizes_from_the_example() -> None:
     net = nn.Sequential(nn.LazyConv2d(4, 3, 2, 1), nn.LazyConv2d(4, 3, 2, 1))
     assert len(replace_strides(net, example=torch.randn(1, 5, 16, 16)).sites) == 2 and net[0].layer.in_channels == 5
@@ -246,6 +251,65 @@ def test_functions_called_with_keywords_are_seen() -> None:
     ]
 
 
+class Functional(nn.Module):
+    """Uses a layer's weight in a function, on request beside the layer itself."""
+
+    def __init__(self, both: bool) -> None:
+        super().__init__()
+        self.conv, self.both = nn.Conv2d(3, 4, 3, 2, 1), both
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x, self.conv.weight, self.conv.bias, self.conv.stride, self.conv.padding)
+        return y + self.conv(input=x) if self.both else y
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_weights_used_by_functions_stay(both: bool) -> None:
+    net = Functional(both)
+    report = same(net, torch.randn(1, 3, 9, 9))
+    assert not report.sites and report.skipped == (
+        ("conv", "its weight is used outside of its own forward"),
+        ("(the module itself)", "the function conv2d in its forward, not a layer"),
+    )
+
+
+def test_convolutions_without_use_stay() -> None:
+    """As pooling does; a layer that is called by keyword is in use."""
+
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(3, 4, 3, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(input=x.to(next(self.parameters()).dtype))
+
+    report = replace_strides(Idle())
+    assert [site.name for site in report.sites] == ["used"]
+    assert report.skipped == (("idle", "it was not used on the example input"),)
+
+
+def test_tied_weights_stay_tied() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 3, 3, 2, 1), nn.Conv2d(3, 3, 3, 1, 1), nn.Conv2d(3, 3, 3, 2, 1))
+    net[2].weight = net[1].weight
+    report = same(net, torch.randn(1, 3, 17, 17))
+    assert [site.name for site in report.sites] == ["0"] and net[2].weight is net[1].weight
+    assert report.skipped == (("2", "its weight is shared with 1.weight"),)
+
+
+def test_layers_that_resample_are_listed() -> None:
+    net = nn.Sequential(
+        nn.Upsample(scale_factor=0.75), nn.Upsample(scale_factor=(2.0, 0.5)), nn.Upsample(scale_factor=2.0),
+        nn.PixelUnshuffle(2), nn.Upsample(size=(8, 8)), nn.Upsample(size=(20, 20)),
+    )  # fmt: skip
+    assert dict(replace_strides(net).skipped) == {
+        "0": "Upsample by 0.75 has no SPD form",
+        "1": "Upsample by (2.0, 0.5) has no SPD form",
+        "3": "PixelUnshuffle is SPD already, in another order of channels",
+        "4": "the function interpolate in its forward, not a layer",
+    }
+
+
 def test_a_module_that_does_not_run_on_an_image() -> None:
     """Without a run, convolutions are replaced and pooling is listed; with the right example both are replaced."""
 
@@ -267,6 +331,8 @@ def test_wrong_calls_are_refused() -> None:
         replace_strides(nn.Conv2d(3, 3, 2, 2))
     with pytest.raises(UserError, match="TorchScript"):
         replace_strides(torch.jit.trace(nn.Sequential(nn.Conv2d(3, 3, 2, 2)), torch.zeros(1, 3, 4, 4)))
+    with pytest.raises(UserError, match="meta device"):
+        replace_strides(nn.Sequential(nn.Conv2d(3, 3, 2, 2, device="meta")))
     with pytest.raises(UserError, match="preserve or fresh"):
         replace_strides(nn.Sequential(), init="kept")
     with pytest.raises(UserError, match="conv-spd or spd-conv"):
@@ -279,6 +345,18 @@ def test_the_result_exports() -> None:
     replace_strides(net)
     x = torch.randn(1, 3, 61, 35)
     assert torch.allclose(torch.export.export(net, (x,)).module()(x), net(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_result_exports_with_open_sides(variant: str) -> None:
+    """One program for all image sizes, as of the original network; values are moved only, so outputs are equal."""
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, 2, 1, groups=2), nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 4, 5, (3, 2), 2)).eval()
+    replace_strides(net, variant=variant)
+    sides = {axis: torch.export.Dim(name, min=32, max=512) for axis, name in ((2, "height"), (3, "width"))}
+    program = torch.export.export(net, (torch.randn(1, 4, 61, 35),), dynamic_shapes=(sides,)).module()
+    for size in ((61, 35), (64, 50)):
+        x = torch.randn(1, 4, *size)
+        assert torch.equal(program(x), net(x))
 
 
 def with_statistics(model: nn.Module) -> nn.Module:
