@@ -7,14 +7,15 @@ that is impossible are started as near as possible, and named.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.convert_rows import NotConvertible, plan_rows
+from models.convert_rows import NotConvertible, Plan, plan_rows
 from models.graph import Network
 from models.spd import replace_strides
 from models.weights import LoadedModel, Transfer, transfer
@@ -41,16 +42,16 @@ class Initialization:
 
 def initialise(model: Network, loaded: LoadedModel) -> Initialization:
     """Start `model` from `loaded`: a copy, a function-preserving conversion, or a partial transfer, with a report."""
-    source, lines = loaded.model, []
+    source, plan, lines = copy.deepcopy(loaded.model).cpu(), Plan(), []
     detectors = (model, source) if isinstance(model, DetectionModel) and isinstance(source, DetectionModel) else None
     if detectors and not _same_rows(*detectors):
-        try:
-            return convert_to_spd(source.state_dict(), source.cfg, detectors[0])
-        except NotConvertible as reason:
-            lines.append(f"no function-preserving conversion: {reason}")
-    result = transfer(model, source.state_dict())
-    whole = _is_whole(result)
-    lines += [str(result), *_named(result)]
+        plan = plan_rows(detectors[1], detectors[0])
+        if not plan.stopped:
+            return _converted(detectors[1], detectors[0], plan)
+        lines.append(f"no function-preserving conversion: {plan.stopped}")
+    result = _transfer_rows(model, source, plan)
+    whole = _is_whole(result) and not plan.stopped
+    lines += [*_by_rows(model, result, plan), str(result), *_named(result)]
     if detectors:
         whole &= _take_anchors(*detectors, lines)
     return Initialization("copy" if whole else "transfer", whole, tuple(lines), result)
@@ -65,6 +66,13 @@ def convert_to_spd(state: Mapping[str, Tensor], src_cfg: dict[str, Any], dst_mod
     source.load_state_dict(state)
     source.eval()
     plan = plan_rows(source, dst_model)
+    if plan.stopped:
+        raise NotConvertible(plan.stopped)
+    return _converted(source, dst_model, plan)
+
+
+def _converted(source: DetectionModel, dst_model: DetectionModel, plan: Plan) -> Initialization:
+    """Write a plan for all rows into `dst_model`."""
     result = transfer(dst_model, plan.state)
     lines = [f"function-preserving conversion of {len(plan.sites)} sites: {'; '.join(plan.sites)}"]
     lines += [f"not preserved, started as near as possible: {text}" for text in plan.approximate]
@@ -77,6 +85,41 @@ def convert_to_spd(state: Mapping[str, Tensor], src_cfg: dict[str, Any], dst_mod
     return Initialization("conversion", exact, tuple(lines), result)
 
 
+def _transfer_rows(model: Network, source: Network, plan: Plan) -> Transfer:
+    """The planned tensors, and by name those of the rows behind that have the same number and type in both networks."""
+    pairs = list(zip(source.rows, model.rows, strict=False))[max(plan.source_rows, plan.target_rows) :]
+    alike = {a.index for a, b in pairs if a.name == b.name}
+    state, unused = dict(plan.state), []
+    for key, tensor in source.state_dict().items():
+        if _row(key) in alike:
+            state[key] = tensor
+        elif _row(key) >= plan.source_rows:
+            unused.append(key)
+    result = transfer(model, state)
+    return replace(result, unused=(*result.unused, *unused))
+
+
+def _row(key: str) -> int:
+    """The row to which a tensor `model.<row>.<name>` belongs."""
+    return int(key.split(".")[1])
+
+
+def _by_rows(model: Network, result: Transfer, plan: Plan) -> list[str]:
+    """What became of the rows of `model`: those converted, those that got tensors by name, and those that start new."""
+    lines = []
+    if plan.target_rows:
+        kept = "preserved except as named" if plan.approximate else "preserved exactly"
+        sites = f"; {len(plan.sites)} sites converted: {'; '.join(plan.sites)}" if plan.sites else ""
+        lines.append(f"{kept}: rows 0-{plan.source_rows - 1} of the source in rows 0-{plan.target_rows - 1}{sites}")
+        lines += [f"not preserved, started as near as possible: {text}" for text in plan.approximate]
+    behind = {_row(key) for key in model.state_dict() if _row(key) >= plan.target_rows}
+    named = behind & {_row(key) for key in (*result.loaded, *result.partial)}
+    for rows, what in ((named, "copied by name and shape, as far as they fit"), (behind - named, "started new")):
+        if rows and (plan.stopped or not result.fits):
+            lines.append(f"{what}: rows {', '.join(map(str, sorted(rows)))}")
+    return lines
+
+
 def _is_whole(result: Transfer) -> bool:
     return result.fits and not result.partial
 
@@ -86,7 +129,7 @@ def _named(result: Transfer) -> list[str]:
     lines = []
     for names, what in (
         (result.partial, "copied in part"),
-        (result.mismatched, "of another shape, left new"),
+        (result.mismatched, "of another shape, or for weights of another shape, left new"),
         (result.missing, "not in the source, left new"),
         (result.unused, "of the source not used"),
     ):

@@ -47,11 +47,17 @@ class Place:
 
 @dataclass
 class Plan:
-    """Tensors for the target by name, and a line for every site."""
+    """Tensors for the target by name, a line for every site, and how many rows of both networks correspond.
+
+    `stopped` says why the walk ended early, if it did; what is planned then holds for the rows before.
+    """
 
     state: dict[str, Tensor] = field(default_factory=dict)
     sites: list[str] = field(default_factory=list)
     approximate: list[str] = field(default_factory=list)
+    source_rows: int = 0
+    target_rows: int = 0
+    stopped: str = ""
 
 
 class _Walk:
@@ -63,7 +69,17 @@ class _Walk:
         self.places: dict[int, Place] = {IMAGE: Place(IMAGE, channels, len(channels))}
 
     def run(self) -> Plan:
-        """The tensors for the target."""
+        """The tensors for the target, as far as the rows correspond."""
+        plan = self.plan
+        try:
+            self._walk()
+        except NotConvertible as reason:
+            plan.stopped = str(reason)
+            done = [f"model.{j}." for j in range(plan.target_rows)]
+            plan.state = {key: tensor for key, tensor in plan.state.items() if key.startswith(tuple(done))}
+        return plan
+
+    def _walk(self) -> None:
         if self.source.cfg["ch"] != self.target.cfg["ch"]:
             raise NotConvertible(f"{self.source.cfg['ch']} and {self.target.cfg['ch']} image channels")
         i = j = 0
@@ -75,9 +91,9 @@ class _Walk:
             else:
                 raise NotConvertible(f"{self._name(self.source, i)} and {self._name(self.target, j)} do not correspond")
             i, j = i + taken[0], j + taken[1]
+            self.plan.source_rows, self.plan.target_rows = i, j
         if i < len(self.source.rows) or j < len(self.target.rows):
             raise NotConvertible(f"rows are left over from row {i} of the source and row {j} of the target on")
-        return self.plan
 
     @staticmethod
     def _name(model: DetectionModel, row: int) -> str:
@@ -272,5 +288,5 @@ def _two(value: Sequence[int] | Any) -> tuple[int, int]:
 
 
 def plan_rows(source: DetectionModel, target: DetectionModel) -> Plan:
-    """The tensors with which `target` computes what `source` computes; NotConvertible where rows do not correspond."""
+    """The tensors with which `target` computes what `source` computes, for all rows up to `Plan.stopped`."""
     return _Walk(source, target).run()

@@ -135,7 +135,7 @@ class Transfer:
         text = f"transferred {len(self.loaded)} of {total} tensors"
         for count, what in (
             (len(self.partial), "in part (box and objectness outputs of the head)"),
-            (len(self.mismatched), "not for their shape"),
+            (len(self.mismatched), "not for their shape or that of their weights"),
             (len(self.missing), "not in the source"),
             (len(self.unused), "of the source unused"),
         ):
@@ -147,29 +147,46 @@ class Transfer:
 def transfer(model: nn.Module, state: Mapping[str, Tensor]) -> Transfer:
     """Copy from `state` what fits `model` by name and shape. Anchors stay the model's own.
 
-    Where only the class count of a Detect head differs, its box and objectness outputs are copied.
+    Biases and BatchNorm go with their weights: where those are not copied, they count as mismatched. Where only the
+    class count of a Detect head differs, its box and objectness outputs are copied.
     """
     own = {key: tensor for key, tensor in model.state_dict().items() if not _is_anchors(key)}
     given = {key: tensor for key, tensor in state.items() if not _is_anchors(key)}
     heads = {f"{name}.": m for name, m in model.named_modules() if isinstance(m, Detect)}
+    weights = _weights_before(own)
     loaded, partial, mismatched = [], [], []
     with torch.no_grad():
-        for key in own.keys() & given.keys():
+        for key in own:
+            if key not in given:
+                continue
             target, source = own[key], given[key].to(own[key].device)
-            if target.shape == source.shape:
+            head = next((m for prefix, m in heads.items() if key.startswith(prefix)), None)
+            if key in weights and weights[key] not in (*loaded, *partial):
+                mismatched.append(key)
+            elif target.shape == source.shape:
                 target.copy_(source)
                 loaded.append(key)
-                continue
-            head = next((m for prefix, m in heads.items() if key.startswith(prefix)), None)
-            (partial if head is not None and _copy_boxes(target, source, head) else mismatched).append(key)
-    order = list(own)
+            else:
+                (partial if head is not None and _copy_boxes(target, source, head) else mismatched).append(key)
     return Transfer(
-        loaded=tuple(sorted(loaded, key=order.index)),
-        partial=tuple(sorted(partial, key=order.index)),
-        mismatched=tuple(sorted(mismatched, key=order.index)),
+        loaded=tuple(loaded),
+        partial=tuple(partial),
+        mismatched=tuple(mismatched),
         missing=tuple(key for key in own if key not in given),
         unused=tuple(key for key in given if key not in own),
     )
+
+
+def _weights_before(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Biases and BatchNorm tensors, each with the weight (of a convolution or linear layer) whose outputs it is for."""
+    pairs, weight = {}, ""
+    for key, tensor in state.items():
+        layer = key.rpartition(".")[0]
+        if key.endswith(".weight") and tensor.ndim > 1:
+            weight = key
+        elif weight and (f"{layer}.running_mean" in state or key == weight.removesuffix("weight") + "bias"):
+            pairs[key] = weight
+    return pairs
 
 
 def _is_anchors(key: str) -> bool:

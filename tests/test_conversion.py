@@ -11,6 +11,7 @@ from torch.func import functional_call
 import convert
 from models import build_model, find_cfg
 from models.conversion import Initialization, convert_to_spd, initialise
+from models.graph import probe
 from models.merge import output_moments
 from models.weights import LoadedModel, load_model, pack_model
 from models.yolo import DetectionModel
@@ -140,12 +141,43 @@ def test_anchors_go_with_the_head() -> None:
     assert report.exact and torch.allclose(b.anchors, sizes) and any(line.startswith("anchors") for line in report)
 
 
-def test_without_correspondence_the_rest_is_named() -> None:
-    """Another depth of rows, or another width: a partial transfer with reasons, and no half conversion."""
-    a = network("yolov5n")
-    report = start(a, network("yolov5n-p2"))
+@pytest.mark.parametrize(("target", "last", "sites"), [("yolov5-spd-n-p2", 21, 5), ("yolov5n-p2", 17, 0)])
+def test_rows_before_the_first_that_differs_are_kept(target: str, last: int, sites: int) -> None:
+    """A P2 head on a network without: rows 0-17 of the source compute what they did; all behind stays as it was."""
+    a, b = network("yolov5n"), network(target)
+    before = {key: tensor.clone() for key, tensor in b.state_dict().items()}
+    report = start(a, b)
     assert report.kind == "transfer" and not report.exact
-    assert "no function-preserving conversion" in report.lines[0]
+    assert "no function-preserving conversion: row 18 (Conv)" in report.lines[0]
+    assert f"preserved exactly: rows 0-17 of the source in rows 0-{last}" in report.lines[1]
+    assert (f"{sites} sites converted" in report.lines[1]) == bool(sites)
+    assert report.lines[2].startswith(f"started new: rows {last + 1}, ")
+    x = image()
+    features = [probe(m.rows, m.model, x)[row] for m, row in ((a, 17), (b, last))]
+    assert torch.allclose(*features, atol=2e-5 * float(features[0].abs().max()))
+    for key, tensor in b.state_dict().items():
+        kept = int(key.split(".")[1]) <= last
+        assert (key in report.transfer.loaded) == kept and (kept or torch.equal(tensor, before[key])), key
+    assert {int(key.split(".")[1]) for key in report.transfer.unused} >= {20, 23, 24}
+
+
+def test_by_name_only_rows_of_one_type() -> None:
+    """Of a row that is another kind of layer nothing is taken, although names and shapes of tensors agree."""
+    cfg = load_yaml(find_cfg("yolov5n"))
+    cfg["backbone"][2][2] = "C3x"
+    a, b = network("yolov5n"), network("yolov5n", backbone=cfg["backbone"])
+    fresh = b.model[2].cv1.conv.weight.clone()
+    report = start(a, b)
+    assert torch.equal(b.model[2].cv1.conv.weight, fresh) and "model.2.cv1.conv.weight" in report.transfer.unused
+    assert "preserved exactly: rows 0-1 of the source in rows 0-1" in report.lines
+    assert torch.equal(b.model[3].conv.weight, a.model[3].conv.weight)
+    assert any(line.startswith("copied by name and shape, as far as they fit: rows 3, 4") for line in report)
+    assert "started new: rows 2" in report.lines
+
+
+def test_without_correspondence_the_rest_is_named() -> None:
+    """Another width: a partial transfer with reasons, and no half conversion."""
+    a = network("yolov5n")
     wide = network("yolov5-spd-n", width_multiple=0.25)
     untouched = {k: v.clone() for k, v in wide.state_dict().items()}
     report = start(a, wide)

@@ -166,6 +166,13 @@ def test_transfer_refuses_other_shapes() -> None:
     assert report.mismatched and not report.partial
 
 
+@pytest.mark.parametrize("nc", [4, 6])
+def test_nothing_is_transferred_behind_new_weights(nc: int) -> None:
+    """Twice as wide: BatchNorm's counters and the head's biases would fit, but belong to weights that do not."""
+    report = transfer(build_model("yolov5-spd-s", nc=nc), small().state_dict())
+    assert not report.loaded and not report.partial and "model.0.conv.bn.num_batches_tracked" in report.mismatched
+
+
 def test_empty_batch_and_other_channels() -> None:
     assert [m.shape[0] for m in small().eval()(torch.zeros(0, 3, 64, 64))] == [0, 0, 0]
     model = build_model("yolov5n", ch=1)
