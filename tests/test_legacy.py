@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from utils.core.errors import UserError
-from utils.core.inert import Damaged, Foreign, Machine, TensorRef
+from utils.core.inert import Damaged, Foreign, Ignored, Machine, TensorRef
 from utils.core.legacy import read_legacy
 
 EVENTS: list[str] = []
@@ -283,6 +283,32 @@ def test_a_tensor_cannot_unfold_to_more_than_the_file_holds(tmp_path: Path) -> N
     assert type(file.root) is TensorRef
     with pytest.raises(UserError, match="damaged"):
         file.tensor(file.root)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_storage_of_many_tensors_is_read_once(stream: bool, tmp_path: Path) -> None:
+    """Flattened parameters: thousands of views of one block; it is read, summed and copied a single time."""
+    base = torch.randn(64)
+    torch.save(list(base.split(4)), tmp_path / "x.pt", _use_new_zipfile_serialization=not stream)
+    file = read_legacy(tmp_path / "x.pt")
+    blocks = [file._blocks(ref.storage.key) for ref in file.root]
+    assert len(blocks) == 16 and all(block is blocks[0] for block in blocks)
+    assert torch.equal(torch.cat([file.tensor(ref) for ref in file.root]), base)
+    file.tensor(file.root[0]).zero_()
+    assert torch.equal(file.tensor(file.root[0]), base[:4])
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_paths_of_every_python_are_ignored(module: str, tmp_path: Path) -> None:
+    """Python 3.13 pickles a path under another name; the path itself is thrown away."""
+    data = b"\x80\x02c" + f"{module}\nPosixPath\n".encode() + _text("runs") + b"\x85R."
+    assert type(read_legacy(as_zip(data, tmp_path / "x.pt")).root) is Ignored
+
+
+def test_names_in_a_refusal_are_printable(tmp_path: Path) -> None:
+    data = b"\x80\x04" + _text("a\x1b[2J\nb") + _text("c" * 5000) + b"\x93."
+    message = refused(as_zip(data, tmp_path / "x.pt"))
+    assert message.isprintable() and "a\\x1b[2J b.ccc" in message and len(message) < 500
 
 
 def random_value(rng: random.Random, depth: int = 0) -> Any:

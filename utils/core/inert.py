@@ -50,6 +50,8 @@ _IGNORED_CALLS = (
     "_codecs.encode",
     "pathlib.PosixPath",
     "pathlib.WindowsPath",
+    "pathlib._local.PosixPath",  # Python 3.13
+    "pathlib._local.WindowsPath",
     "torch.device",
 )
 _IGNORED_NAMES = ("numpy.ndarray", "torch.float16", "torch.float32", "torch.float64", "torch.bfloat16", "torch.int64")

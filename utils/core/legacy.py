@@ -4,6 +4,7 @@
 used and reads tensors from their raw blocks. There is no looser second attempt.
 """
 
+import functools
 import io
 import math
 import struct
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.core.errors import UserError
+from utils.core.errors import UserError, printable
 from utils.core.inert import Damaged, Machine, Refused, TensorRef, need
 
 MAX_BYTES = 4 << 30
@@ -30,7 +31,7 @@ class LegacyFile:
 
     path: Path
     root: Any
-    _blocks: Callable[[str], bytes]
+    _blocks: Callable[[str], bytearray]
     _budget: int
 
     def tensor(self, ref: TensorRef) -> Tensor:
@@ -42,7 +43,7 @@ class LegacyFile:
             raise UserError(f"'{self.path}' is damaged: its tensors do not fit the data of the file")
         if not raw:
             return torch.empty(ref.shape, dtype=ref.storage.dtype)
-        flat = torch.frombuffer(bytearray(raw), dtype=ref.storage.dtype)
+        flat = torch.frombuffer(raw, dtype=ref.storage.dtype)
         return torch.as_strided(flat, ref.shape, ref.stride, ref.offset).clone(memory_format=torch.contiguous_format)
 
 
@@ -62,10 +63,11 @@ def read_legacy(path: str | Path) -> LegacyFile:
         raise
     except Refused as error:
         raise UserError(
-            f"'{path}' asks for {error}, which no YOLOv5 checkpoint needs; refused, and nothing of the file was run"
+            f"'{path}' asks for {printable(error)}, which no YOLOv5 checkpoint needs; refused, and nothing of the file"
+            " was run"
         ) from None
     except (Damaged, *_DAMAGE) as error:
-        reason = str(error) if type(error) is Damaged else f"{type(error).__name__}: {error}"
+        reason = printable(error if type(error) is Damaged else f"{type(error).__name__}: {error}")
         raise UserError(f"'{path}' is not a readable torch checkpoint ({reason}); fetch or save it again") from None
 
 
@@ -85,11 +87,12 @@ def _read_zip(path: Path, data: bytes) -> LegacyFile:
     need(order is None or archive.read(order).strip() == b"little", "big-endian data")
     root = Machine(archive.read(programs[0])).run()
 
-    def block(key: str) -> bytes:
+    @functools.cache  # many tensors may be views of one storage
+    def block(key: str) -> bytearray:
         info = entries.get(f"{prefix}data/{key}")
         if info is None:
-            raise UserError(f"'{path}' is damaged: it has no data for storage '{key}'")
-        return archive.read(info)
+            raise UserError(f"'{path}' is damaged: it has no data for storage '{printable(key)}'")
+        return bytearray(archive.read(info))
 
     return LegacyFile(path, root, block, 4 * len(data) + (1 << 20))
 
@@ -116,9 +119,10 @@ def _read_stream(path: Path, data: bytes) -> LegacyFile:
         spans[key] = (at + 8, end)
         at = end
 
-    def block(key: str) -> bytes:
+    @functools.cache
+    def block(key: str) -> bytearray:
         if key not in spans:
-            raise UserError(f"'{path}' is damaged: it has no data for storage '{key}'")
-        return data[slice(*spans[key])]
+            raise UserError(f"'{path}' is damaged: it has no data for storage '{printable(key)}'")
+        return bytearray(data[slice(*spans[key])])
 
     return LegacyFile(path, root, block, 4 * len(data) + (1 << 20))
