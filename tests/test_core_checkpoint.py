@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from utils.core import checkpoint as ck
 from utils.core.errors import UserError
@@ -29,6 +30,15 @@ def test_damaged_files_are_one_line(tmp_path, content):
     path = tmp_path / "x.pt"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
+        ck.load_checkpoint(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("description", ["{", "[1]", "5", "null", "[" * 100_000])
+def test_a_damaged_description_in_safetensors_is_one_line(tmp_path, description):
+    path = tmp_path / "x.safetensors"
+    save_file({"w": torch.zeros(2)}, path, {ck.FORMAT: description})
+    with pytest.raises(UserError, match="damaged: its model description is") as error:
         ck.load_checkpoint(path)
     assert "\n" not in str(error.value)
 

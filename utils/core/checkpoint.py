@@ -128,4 +128,10 @@ def _from_safetensors(path: Path) -> dict[str, Any]:
         raise UserError(f"'{path}' is not a readable safetensors file: {_first_line(error)}") from error
     if metadata is None:
         raise UserError(f"'{path}' holds tensors but no model description; write it with convert.py of this project")
-    return {**json.loads(metadata), "state": state}
+    try:
+        rest = json.loads(metadata)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"'{path}' is damaged: its model description is not JSON; fetch or save it again") from error
+    if not isinstance(rest, dict):
+        raise UserError(f"'{path}' is damaged: its model description is a {type(rest).__name__}; expected an object")
+    return {**rest, "state": state}
