@@ -18,10 +18,14 @@ from torch import Tensor, nn
 from models.blocks import Conv
 from models.registry import ACTIVATIONS, LayerSpec, find_layer
 from models.spd import SPD, scale_pair
-from utils.core.errors import UserError
+from utils.core.errors import UserError, printable
 from utils.core.files import nearest
 
 IMAGE = -1  # the source number of the network's input
+MAX_TEXT = 200  # characters of a literal or an activation
+MAX_PER_PIXEL = 10_000  # values of all rows' outputs for a pixel of the image; the largest networks here have 300
+# What the constructors and the forwards of layers raise where arguments or inputs do not fit.
+UNFIT = (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,7 @@ class Network(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.nc: int = cfg["nc"]
-        symbols = {key: cfg[key] for key in ("nc", "anchors") if key in cfg}
-        self.rows, self.model = parse_rows(cfg, cfg["ch"], symbols)
+        self.rows, self.model = parse_rows(cfg)
         self.max_stride = 1
         self.fusion_report: tuple[str, ...] = ()
 
@@ -79,11 +82,9 @@ def run_rows(rows: Sequence[Row], layers: nn.Sequential, x: Tensor) -> Any:
     return y
 
 
-def parse_rows(cfg: dict[str, Any], ch: int, symbols: dict[str, Any]) -> tuple[list[Row], nn.Sequential]:
-    """Build the layers of `cfg["backbone"] + cfg["head"]` for images of `ch` channels.
-
-    `symbols` gives the values of names in rows; `nc` and `anchors` for a detector.
-    """
+def parse_rows(cfg: dict[str, Any]) -> tuple[list[Row], nn.Sequential]:
+    """Build the layers of `cfg["backbone"] + cfg["head"]` of a resolved configuration."""
+    symbols = {key: cfg[key] for key in ("nc", "anchors") if key in cfg}
     depth, width_multiple = float(cfg.get("depth_multiple", 1.0)), float(cfg.get("width_multiple", 1.0))
     unscaled = head_width(symbols)
 
@@ -92,9 +93,9 @@ def parse_rows(cfg: dict[str, Any], ch: int, symbols: dict[str, Any]) -> tuple[l
 
     rows: list[Row] = []
     layers: list[nn.Module] = []
-    widths: dict[int, int] = {IMAGE: ch}
+    widths: dict[int, int] = {IMAGE: cfg["ch"]}
     for index, raw in enumerate([*cfg["backbone"], *cfg["head"]]):
-        where = f"row {index} {raw!r} of the model YAML"
+        where = f"row {index} {printable(raw)} of the model YAML"
         sources, repeats, spec, args = _read_row(raw, index, symbols, where)
         repeats = max(round(repeats * depth), 1) if repeats > 1 else repeats
         c_in = [widths[s] for s in sources]
@@ -102,8 +103,9 @@ def parse_rows(cfg: dict[str, Any], ch: int, symbols: dict[str, Any]) -> tuple[l
             raise UserError(f"{where}: {spec.name} takes one input, got {len(sources)}; put a Concat row before it")
         try:
             module, c_out = _build(spec, c_in, args, repeats, width)
-        except (TypeError, ValueError, IndexError) as error:
-            raise UserError(f"{where}: {spec.name} does not accept these arguments ({error})") from error
+        except UNFIT as error:
+            reason = printable(error)
+            raise UserError(f"{where}: {spec.name} does not accept these arguments ({reason})") from error
         row = Row(index, sources, spec.name, tuple(args), repeats, c_out, spec.many)
         rows.append(row)
         layers.append(module)
@@ -127,11 +129,11 @@ def _read_row(
         raise UserError(f"{where}: expected [from, repeats, module, args]")
     origin, repeats, name, args = raw
     if not isinstance(repeats, int) or repeats < 1:
-        raise UserError(f"{where}: repeats is {repeats!r}; expected an integer of at least 1")
+        raise UserError(f"{where}: repeats is {printable(repeats)}; expected an integer of at least 1")
     sources = []
     for source in origin if isinstance(origin, list | tuple) else [origin]:
         if not isinstance(source, int):
-            raise UserError(f"{where}: from is {source!r}; expected row numbers")
+            raise UserError(f"{where}: from is {printable(source)}; expected row numbers")
         absolute = index + source if source < 0 else source
         if absolute >= index or absolute < IMAGE:
             raise UserError(f"{where}: from {source} is no earlier row; expected {-index - 1}..{index - 1}")
@@ -166,34 +168,38 @@ def read_argument(value: Any, symbols: dict[str, Any]) -> Any:
         return value
     if value in symbols:
         return symbols[value]
+    if len(value) > MAX_TEXT:
+        raise UserError(f"an argument in the model YAML has {len(value)} characters; expected at most {MAX_TEXT}")
     if value.startswith(("nn.", "torch.nn.")):
         return parse_activation(value)
     try:
         return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two where the parser's stack overflows
         return value
 
 
 def parse_activation(text: str) -> nn.Module:
     """`nn.LeakyReLU(0.1)`, `nn.ReLU()` or `ReLU` as a module; only literals are read, nothing is evaluated."""
     problem = UserError(
-        f"activation {text!r} is not understood; expected a call with literals such as nn.LeakyReLU(0.1)"
+        f"activation '{printable(text)}' is not understood; expected a call with literals such as nn.LeakyReLU(0.1)"
         f" of one of {', '.join(ACTIVATIONS)}"
     )
+    if len(text) > MAX_TEXT:
+        raise problem
     try:
         node: ast.expr = ast.parse(text.strip(), mode="eval").body
         call = node if isinstance(node, ast.Call) else None
         name = ast.unparse(call.func if call else node).removeprefix("torch.").removeprefix("nn.")
         args = [ast.literal_eval(a) for a in call.args] if call else []
         named = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords} if call else {}
-    except (ValueError, SyntaxError) as error:
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
         raise problem from error
     if name not in ACTIVATIONS:
         hint = nearest(name, ACTIVATIONS)
-        raise UserError(f"unknown activation {text!r}{hint}; known: {', '.join(ACTIVATIONS)}")
+        raise UserError(f"unknown activation '{printable(text)}'{hint}; known: {', '.join(ACTIVATIONS)}")
     try:
         return ACTIVATIONS[name](*args, **named)
-    except TypeError as error:
+    except UNFIT as error:
         raise problem from error
 
 
@@ -205,43 +211,67 @@ def set_activation(module: nn.Module, text: str) -> None:
             conv.act = parse_activation(text)
 
 
-def probe(rows: Sequence[Row], layers: nn.Sequential, images: Tensor) -> list[Any]:
-    """The outputs of all rows for `images`, in eval mode and without gradients; an impossible row is a UserError."""
+def probe(rows: Sequence[Row], layers: nn.Sequential, ch: int, size: int) -> list[Any]:
+    """The outputs of all rows for an empty batch of square images: their shapes cost neither memory nor arithmetic.
+
+    In eval mode and without gradients; a row that is impossible, or beyond all measure, is a UserError.
+    """
     modes = {module: module.training for module in layers.modules()}
     layers.eval()
-    outputs: dict[int, Any] = {IMAGE: images}
+    outputs: dict[int, Any] = {IMAGE: torch.zeros(0, ch, size, size)}
+    left = MAX_PER_PIXEL * size * size
     try:
         with torch.no_grad():
             for row in rows:
                 inputs = [outputs[s] for s in row.sources]
                 try:
-                    outputs[row.index] = layers[row.index](inputs if row.many else inputs[0])
-                except (RuntimeError, ValueError) as error:
-                    shapes = ", ".join(str(list(x.shape)) for x in inputs)
-                    reason = str(error).splitlines()[0]
+                    y = outputs[row.index] = layers[row.index](inputs if row.many else inputs[0])
+                except UNFIT as error:
+                    shapes = printable(", ".join(str(list(x.shape[1:])) for x in inputs))
+                    reason = printable(str(error).split("\n")[0])
                     raise UserError(f"row {row.index} ({row.name}) cannot take inputs {shapes}: {reason}") from error
+                if row is rows[-1]:
+                    break
+                if not isinstance(y, Tensor) or y.ndim != 4 or 0 in y.shape[1:]:
+                    raise UserError(f"row {row.index} ({row.name}) gives no map to the rows behind it; put it last")
+                left -= math.prod(y.shape[1:])
+                if left < 0:
+                    raise UserError(
+                        f"row {row.index} ({row.name}) makes a map of {list(y.shape[1:])} of an image of {size}x{size};"
+                        f" expected at most {MAX_PER_PIXEL} values for a pixel in all rows; enlarge less"
+                    )
     finally:
         for module, training in modes.items():
             module.training = training
     return [outputs[row.index] for row in rows]
 
 
-def measure_strides(rows: Sequence[Row], layers: nn.Sequential, ch: int) -> tuple[list[int], int]:
-    """(strides of the last row's maps, largest stride inside), found by running a small image.
+def smallest_fit(rows: Sequence[Row], layers: nn.Sequential, ch: int) -> tuple[int, list[Any]]:
+    """(size, outputs of all rows) of the smallest image whose coarsest map has at least 2 cells, 512 at most.
 
-    The image is doubled until the coarsest map has at least 2 cells; odd factors of SPD scales are part of its size.
+    Odd factors of SPD scales are part of the size.
     """
     scales = [math.lcm(*scale_pair(m.scale)) for m in layers.modules() if isinstance(m, SPD)]
     odd = math.prod(scale // (scale & -scale) for scale in scales)
-    for size in (64 * odd, 128 * odd, 256 * odd, 512 * odd):
+    largest = 512 * odd
+    for size in (64 * odd, 128 * odd, 256 * odd):
         try:
-            outputs = probe(rows, layers, torch.zeros(1, ch, size, size))
+            outputs = probe(rows, layers, ch, size)
         except UserError:
-            if size == 512 * odd:
-                raise
             continue
-        heights = [y.shape[2] for y in outputs[:-1]]
-        if min(heights) >= 2:
-            break
-    strides = [size // raw.shape[2] for raw in outputs[-1]]
-    return strides, max(size // h for h in heights)
+        if min(y.shape[2] for y in outputs[:-1]) >= 2:
+            return size, outputs
+    return largest, probe(rows, layers, ch, largest)
+
+
+def measure_strides(rows: Sequence[Row], layers: nn.Sequential, ch: int) -> tuple[list[int], int]:
+    """(strides of the last row's maps, largest stride inside)."""
+    size, outputs = smallest_fit(rows, layers, ch)
+    return [size // raw.shape[2] for raw in outputs[-1]], max(size // y.shape[2] for y in outputs[:-1])
+
+
+def read_channels(value: Any) -> int:
+    """The `ch` of a configuration."""
+    if not isinstance(value, int) or not 1 <= value <= 10_000:
+        raise UserError(f"ch is {printable(value)}; expected the number of image channels, 1 to 10000")
+    return value

@@ -11,19 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from models.graph import parse_rows
-from models.yolo import KNOWN_KEYS, DetectionModel, resolve
-from utils.core.errors import UserError
-from utils.core.inert import Foreign, Name, TensorRef
+from models.heads import Detect
+from models.untrusted import build_described
+from models.yolo import KNOWN_KEYS, DetectionModel
+from utils.core.errors import UserError, printable
+from utils.core.inert import Foreign, TensorRef
 from utils.core.legacy import LegacyFile, read_legacy
 from utils.core.log import LOGGER
 
 MAX_MODULES = 50_000
-MAX_VALUES = 100_000
-MAX_REPEATS = 1000
 DETECTORS = ("Model", "DetectionModel")
 RENAMED = {"space_to_depth": "SPD", "Model": "DetectionModel"}  # foreign class -> class here
 # What a module of this type computes with, besides its tensors.
@@ -54,12 +52,13 @@ def import_legacy(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], 
     if record is None:
         raise UserError(f"'{path}' holds no model (keys: {_keys(root)}); expected a YOLOv5 checkpoint with its modules")
     if _short(record.kind) not in DETECTORS or "yaml" not in record.state:
-        raise UserError(f"'{path}' holds a {record.kind}; expected a YOLOv5 detector (models.yolo.Model) with its yaml")
+        kind = printable(record.kind)
+        raise UserError(f"'{path}' holds a {kind}; expected a YOLOv5 detector (models.yolo.Model) with its yaml")
     modules = dict(_walk(record, file.path))
     cfg = _configuration(record, modules, file)
-    model = _build(cfg, file.path)
+    model = build_described(cfg, file.path.stat().st_size, file.path)
     state = _state(modules, model, file)
-    _same_function(modules, model, file.path)
+    _same_function(modules, model, file)
     names = _names(record.state.get("names"), model.nc)
     meta = _facts(root, record, file)
     LOGGER.info(
@@ -74,7 +73,7 @@ def _short(kind: str) -> str:
 
 
 def _keys(root: dict[Any, Any]) -> str:
-    return ", ".join(str(key) for key in list(root)[:8]) or "none"
+    return ", ".join(printable(key, 40) for key in list(root)[:8]) or "none"
 
 
 def _walk(record: Foreign, path: Path) -> Iterator[tuple[str, Foreign]]:
@@ -85,47 +84,32 @@ def _walk(record: Foreign, path: Path) -> Iterator[tuple[str, Foreign]]:
             return
         name, module = todo.pop()
         yield name, module
-        children = module.state.get("_modules", {})
-        if not isinstance(children, dict):
-            raise UserError(f"'{path}' is damaged: module '{name}' has no list of sub-modules")
+        children = _entries(module, "_modules", path)
         prefix = f"{name}." if name else ""
-        if len(prefix) > 500:
+        if len(prefix) > 500 or len(todo) > MAX_MODULES:
             break
         todo += [(f"{prefix}{key}", child) for key, child in children.items() if isinstance(child, Foreign)]
     raise UserError(f"'{path}' is refused: its modules are nested without end")
 
 
-def _plain(value: Any, path: Path) -> Any:
-    """`value` as plain lists, dicts and scalars; anything else and structures without end are refused."""
-    left = MAX_VALUES
-
-    def convert(item: Any, depth: int) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0 or depth > 16:
-            raise UserError(f"'{path}' is refused: its model description is nested without end")
-        if isinstance(item, (list, tuple)):
-            return [convert(x, depth + 1) for x in item]
-        if isinstance(item, dict):
-            return {str(k): convert(v, depth + 1) for k, v in item.items()}
-        if isinstance(item, (str, int, float, type(None))):
-            return item
-        what = item.dotted if isinstance(item, Name) else getattr(item, "kind", type(item).__name__)
-        raise UserError(f"'{path}' is refused: its model description holds a {what}")
-
-    return convert(value, 0)
+def _entries(module: Foreign, group: str, path: Path) -> dict[str, Any]:
+    """The `_modules`, `_parameters` or `_buffers` of a module by name."""
+    entries = module.state.get(group, {})
+    if not isinstance(entries, dict) or not all(isinstance(key, str) and len(key) <= 100 for key in entries):
+        raise UserError(f"'{path}' is damaged: the {group} of a module have no short names; fetch or save it again")
+    return entries
 
 
 def _configuration(record: Foreign, modules: dict[str, Foreign], file: LegacyFile) -> dict[str, Any]:
     """The YAML of the file with the class count, anchors and activation that its modules really have."""
-    cfg = _plain(record.state["yaml"], file.path)
+    cfg = record.state["yaml"]
     if not isinstance(cfg, dict) or not isinstance(cfg.get("backbone"), list) or not isinstance(cfg.get("head"), list):
         raise UserError(f"'{file.path}' has no backbone and head rows in its yaml; expected a YOLOv5 checkpoint")
     cfg = {key: value for key, value in cfg.items() if key in KNOWN_KEYS}
     last = f"model.{len(cfg['backbone']) + len(cfg['head']) - 1}"
     head = modules.get(last)
     if head is None or _short(head.kind) != "Detect":
-        found = "nothing" if head is None else head.kind
+        found = "nothing" if head is None else printable(head.kind)
         raise UserError(f"'{file.path}' ends in {found} ({last}); expected Detect: only detectors can be imported")
     anchors, strides = _tensor(head, "anchors", file), _tensor(head, "stride", file)
     if strides is None:
@@ -140,37 +124,9 @@ def _configuration(record: Foreign, modules: dict[str, Foreign], file: LegacyFil
     return cfg
 
 
-def _build(cfg: dict[str, Any], path: Path) -> DetectionModel:
-    """The network of a description, which may give a layer what torch does not take."""
-    try:
-        _affordable(cfg, path)
-        return DetectionModel(cfg)
-    except UserError:
-        raise
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"'{path}' is refused: its description gives no network ({reason})") from error
-
-
-def _affordable(cfg: dict[str, Any], path: Path) -> None:
-    """Refuse a description whose network could not have been saved in a file of this size, before anything is built."""
-    resolved = resolve(cfg, None, 3, None)
-    rows = [row for row in (*resolved["backbone"], *resolved["head"]) if isinstance(row, list) and len(row) == 4]
-    depth = resolved["depth_multiple"]
-    repeats = sum(row[1] * max(depth, 1) for row in rows if isinstance(row[1], int))
-    if not 0 < depth <= MAX_REPEATS or not repeats <= MAX_REPEATS or not 0 < resolved["width_multiple"] <= 100:
-        raise UserError(f"'{path}' is refused: its description repeats layers without end")
-    with torch.device("meta"):
-        _, layers = parse_rows(resolved, resolved["ch"], {"nc": resolved["nc"], "anchors": resolved["anchors"]})
-    count = sum(parameter.numel() for parameter in layers.parameters())
-    if count > path.stat().st_size:
-        raise UserError(f"'{path}' is refused: it describes {count} parameters in {path.stat().st_size} bytes")
-
-
 def _tensor(record: Foreign, name: str, file: LegacyFile) -> Tensor | None:
     """A tensor attribute or buffer of a module, in float32."""
-    buffers = record.state.get("_buffers")
-    ref = record.state.get(name, buffers.get(name) if isinstance(buffers, dict) else None)
+    ref = record.state.get(name, _entries(record, "_buffers", file.path).get(name))
     return file.tensor(ref).float() if isinstance(ref, TensorRef) else None
 
 
@@ -181,11 +137,12 @@ def _activation(modules: dict[str, Foreign], path: Path) -> str:
         parent = modules.get(name.rpartition(".")[0])
         if name.endswith(".act") and parent is not None and _short(parent.kind) == "Conv":
             kind = _short(module.kind)
-            slope = module.state.get("negative_slope")
+            slope = _constant(module.state.get("negative_slope"), f"'{path}': {name}.negative_slope")
             found.add(f"nn.{kind}({slope if kind == 'LeakyReLU' else ''})")
     found.discard("nn.Identity()")
     if len(found) > 1:
-        raise UserError(f"'{path}' mixes activations ({', '.join(sorted(found))}); expected one for all Conv layers")
+        kinds = printable(", ".join(sorted(found)))
+        raise UserError(f"'{path}' mixes activations ({kinds}); expected one for all Conv layers")
     return found.pop() if found else "nn.SiLU()"
 
 
@@ -194,8 +151,7 @@ def _state(modules: dict[str, Foreign], model: nn.Module, file: LegacyFile) -> d
     refs: dict[str, TensorRef] = {}
     for name, module in modules.items():
         for group in ("_parameters", "_buffers"):
-            entries = module.state.get(group)
-            for key, ref in entries.items() if isinstance(entries, dict) else ():
+            for key, ref in _entries(module, group, file.path).items():
                 if isinstance(ref, TensorRef):
                     refs[f"{name}.{key}".removeprefix(".")] = ref
     state = {}
@@ -209,33 +165,42 @@ def _state(modules: dict[str, Foreign], model: nn.Module, file: LegacyFile) -> d
         state[name] = file.tensor(ref).to(own.dtype)
     spare = [name for name in refs if not name.endswith(".anchor_grid")]
     if spare:
-        raise UserError(f"'{file.path}' has {len(spare)} tensors that its architecture lacks, such as '{spare[0]}'")
+        first = printable(spare[0])
+        raise UserError(f"'{file.path}' has {len(spare)} tensors that its architecture lacks, such as '{first}'")
     return state
 
 
-def _same_function(modules: dict[str, Foreign], model: nn.Module, path: Path) -> None:
-    """Compare the modules of the file with those built here: type, and the constants that they compute with."""
+def _same_function(modules: dict[str, Foreign], model: nn.Module, file: LegacyFile) -> None:
+    """Compare the modules of the file with those built here: type, strides, and the constants they compute with."""
+    path = file.path
     for name, own in model.named_modules():
         record = modules.get(name)
         if record is None:
             continue
         kind, ours = RENAMED.get(_short(record.kind), _short(record.kind)), type(own).__name__
         if kind != ours:
-            raise UserError(f"'{path}': {name} is a {record.kind}, but its architecture builds a {ours} there")
+            theirs = printable(record.kind)
+            raise UserError(f"'{path}': {name} is a {theirs}, but its architecture builds a {ours} there")
+        if isinstance(own, (DetectionModel, Detect)):
+            strides = _tensor(record, "stride", file)
+            if strides is not None and strides.tolist() != own.strides:
+                theirs = printable(strides.tolist())
+                raise UserError(f"'{path}' has strides {theirs}; its architecture has {own.strides}")
         for constant in CONSTANTS.get(ours, ()):
             if constant not in record.state or not hasattr(own, constant):
                 continue
-            theirs, mine = _constant(record.state[constant]), _constant(getattr(own, constant))
+            where = f"'{path}': {name}.{constant}"
+            theirs, mine = _constant(record.state[constant], where), _constant(getattr(own, constant), where)
             if theirs != mine:
-                raise UserError(f"'{path}': {name} has {constant} {theirs!r}; its architecture builds {mine!r}")
+                raise UserError(f"'{path}': {name} has {constant} {printable(theirs)}; its architecture builds {mine}")
 
 
-def _constant(value: Any) -> Any:
+def _constant(value: Any, where: str) -> Any:
     """A comparable form: 3 and (3, 3) mean the same to torch's layers, 2 and 2.0 too."""
-    if isinstance(value, (list, tuple)):
-        value = tuple(value)
-        return value[0] if value and all(v == value[0] for v in value) else value
-    return value
+    items = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if len(items) > 8 or not all(isinstance(v, (str, int, float, type(None))) for v in items):
+        raise UserError(f"{where} is a {type(value).__name__}; expected a number, or a short list of numbers")
+    return items[0] if items and all(v == items[0] for v in items) else items
 
 
 def _names(value: Any, nc: int) -> list[str]:
@@ -252,8 +217,8 @@ def _facts(root: dict[Any, Any], record: Foreign, file: LegacyFile) -> dict[str,
     stated = next((root[key] for key in ("license", "licence") if isinstance(root.get(key), str)), None)
     date = root.get("date")
     meta: dict[str, Any] = {
-        "licence": stated or "unknown",
-        "origin": f"a pickled {record.kind}" + (f" of {date[:10]}" if isinstance(date, str) else ""),
+        "licence": printable(stated or "unknown"),
+        "origin": f"a pickled {record.kind}" + (f" of {printable(date[:10])}" if isinstance(date, str) else ""),
     }
     options = root.get("opt")
     options = options.state if isinstance(options, Foreign) else options

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from utils.core.errors import UserError
+from utils.core.errors import UserError, printable
 from utils.core.files import nearest
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -61,7 +61,7 @@ def layer(name: str | None = None, **rule: Any) -> Callable[[type[Module]], type
 
 def find_layer(name: object) -> LayerSpec:
     """The layer of that name (`nn.X` and `torch.nn.X` are the same), or an error that suggests a near name."""
-    key = str(name).removeprefix("torch.")
+    key = printable(name).removeprefix("torch.")
     if key not in LAYERS:
         raise UserError(f"unknown layer {key!r} in the model YAML{nearest(key, LAYERS)}; known: {', '.join(LAYERS)}")
     return LAYERS[key]

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.graph import Network, run_rows
+from models.graph import Network, read_channels, run_rows, smallest_fit
 from models.registry import layer
 from models.spd import SPD, scale_pair
-from utils.core.errors import UserError
+from utils.core.errors import UserError, printable
 from utils.core.log import LOGGER
 
 KNOWN_KEYS = ("task", "nc", "ch", "imgsz", "width_multiple", "depth_multiple", "mean", "std", "backbone", "head")
@@ -156,9 +156,10 @@ class Classifier(Network):
     std: Tensor
 
     def __init__(self, cfg: dict[str, Any], nc: int | None = None, ch: int = 3) -> None:
-        super().__init__(_resolve(cfg, nc, ch))
+        super().__init__(resolve(cfg, nc, ch))
         if not isinstance(self.model[-1], Classify):
             raise UserError(f"the model YAML ends in {self.rows[-1].name}; expected Classify as the last row")
+        smallest_fit(self.rows, self.model, self.cfg["ch"])
         self.max_stride = math.prod(max(scale_pair(m.scale)) for m in self.model.modules() if isinstance(m, SPD))
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(self.cfg[name]).view(-1, 1, 1), persistent=False)
@@ -168,7 +169,7 @@ class Classifier(Network):
 
     def set_normalization(self, mean: list[float], std: list[float]) -> None:
         """Mean and standard deviation of each channel of images in 0..1; the configuration follows."""
-        self.cfg = _resolve({**self.cfg, "mean": mean, "std": std}, None, 3)
+        self.cfg = resolve({**self.cfg, "mean": mean, "std": std}, None, 3)
         for name, values in (("mean", mean), ("std", std)):
             getattr(self, name).copy_(torch.tensor(values).view(-1, 1, 1))
 
@@ -177,23 +178,23 @@ class Classifier(Network):
         return run_rows(self.rows, self.model, (images - self.mean) / self.std)
 
 
-def _resolve(cfg: dict[str, Any], nc: int | None, ch: int) -> dict[str, Any]:
+def resolve(cfg: dict[str, Any], nc: int | None, ch: int) -> dict[str, Any]:
     """A copy of the configuration with every value in its place."""
     missing = [key for key in ("backbone", "head") if not cfg.get(key)]
     if missing:
         raise UserError(f"the model YAML has no {' and no '.join(missing)}; expected lists of layer rows")
     unknown = [str(key) for key in cfg if key not in KNOWN_KEYS]
     if unknown:
-        LOGGER.warning(f"model YAML: unknown keys are not used: {', '.join(unknown)}")
+        LOGGER.warning(f"model YAML: unknown keys are not used: {printable(', '.join(unknown))}")
     out = {key: copy.deepcopy(cfg[key]) for key in KNOWN_KEYS if key in cfg}
-    out["task"], out["ch"] = "classify", cfg.get("ch", ch)
+    out["task"], out["ch"] = "classify", read_channels(cfg.get("ch", ch))
     out["nc"] = cfg.get("nc") if nc is None else nc
     if not isinstance(out["nc"], int) or out["nc"] < 1:
-        raise UserError(f"number of classes nc is {out['nc']!r}; expected an integer of at least 1")
+        raise UserError(f"number of classes nc is {printable(out['nc'])}; expected an integer of at least 1")
     for name, default in (("mean", 0.0), ("std", 1.0)):
         values = cfg.get(name, [default] * out["ch"])
         numbers = isinstance(values, list) and all(isinstance(v, (int, float)) for v in values)
         if not numbers or len(values) != out["ch"] or (name == "std" and min(values) <= 0):
-            raise UserError(f"{name} is {values!r}; expected {out['ch']} numbers, one a channel, std above 0")
+            raise UserError(f"{name} is {printable(values)}; expected {out['ch']} numbers, one a channel, std above 0")
         out[name] = [float(v) for v in values]
     return out

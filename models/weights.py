@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import build_model
 from models.graph import Network
 from models.heads import Detect
+from models.untrusted import build_described
 from models.yolo import DetectionModel
 from utils.core.checkpoint import FORMAT, is_native, load_checkpoint
-from utils.core.errors import UserError
+from utils.core.errors import UserError, printable
 
 VERSION = 1
+PARTS = {"version": int, "model_cfg": dict, "names": list, "meta": dict, "state": dict}
+FACTS = {"imgsz": int | None, "preprocessing": dict | None, "licence": str, "origin": str}
 BOX_OUTPUTS = 5  # x, y, w, h, objectness: what a head keeps when its classes change
 
 
@@ -64,11 +66,13 @@ def unpack_model(data: Mapping[str, Any], source: str | Path) -> LoadedModel:
             f"'{source}' is no model checkpoint of this project (it lacks {', '.join(absent) or 'the format mark'});"
             " expected a file written by train.py or convert.py"
         )
+    _check_kinds(data, PARTS, source)
     if data["version"] > VERSION:
         raise UserError(
             f"'{source}' has format version {data['version']}; expected at most {VERSION}; update this program"
         )
     facts = {"task": data.get("task"), "imgsz": data.get("imgsz"), **data.get("meta", {})}
+    _check_kinds(facts, FACTS, source)
     return _rebuild(data["model_cfg"], data["state"], data["names"], facts, source)
 
 
@@ -88,20 +92,46 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> Loade
     return loaded
 
 
+def _check_kinds(data: Mapping[str, Any], kinds: Mapping[str, Any], source: str | Path) -> None:
+    for key, kind in kinds.items():
+        if key in data and not isinstance(data[key], kind):
+            raise UserError(
+                f"'{source}' is damaged: its {key} is a {type(data[key]).__name__}; expected "
+                f"{getattr(kind, '__name__', kind)}; fetch or save it again"
+            )
+
+
 def _rebuild(
     cfg: dict[str, Any], state: Mapping[str, Tensor], names: Sequence[str], facts: dict[str, Any], source: str | Path
 ) -> LoadedModel:
-    model = build_model(cfg)
+    model = build_described(cfg, _bytes(state, source), source)
     wrong = _differences(model.state_dict(), state)
     if wrong:
-        raise UserError(f"'{source}': its tensors do not fit its model configuration: {'; '.join(wrong[:3])}")
+        what = printable("; ".join(wrong[:3]), 500)
+        raise UserError(f"'{source}': its tensors do not fit its model configuration: {what}")
     model.load_state_dict(state)
     if isinstance(model, DetectionModel):
+        if not ((model.anchors > 0) & model.anchors.isfinite()).all():
+            raise UserError(f"'{source}' has anchors that are no sizes; expected widths and heights above 0")
         model.cfg = {**model.cfg, "anchors": model.anchors.flatten(1).tolist()}
-    if len(names) != model.nc:
-        raise UserError(f"'{source}' names {len(names)} classes but its model has {model.nc}")
-    facts = {**facts, "task": model.task, "strides": list(model.strides)}
-    return LoadedModel(model.float().eval(), [str(name) for name in names], facts)
+    if len(names) != model.nc or not all(isinstance(name, str) for name in names):
+        raise UserError(f"'{source}' names {len(names)} classes but its model has {model.nc}; expected a text for each")
+    facts = {key: printable(value) if isinstance(value, str) else value for key, value in facts.items()}
+    facts |= {"task": model.task, "strides": list(model.strides)}
+    return LoadedModel(model.float().eval(), [printable(name) for name in names], facts)
+
+
+def _bytes(state: Mapping[str, Any], source: str | Path) -> int:
+    """The memory behind the tensors of a file, shared parts counted once; whatever is no plain tensor is refused."""
+    for key, tensor in state.items():
+        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not isinstance(key, str) or not plain or tensor.is_quantized or tensor.is_nested:
+            raise UserError(
+                f"'{source}': '{printable(key)}' is no dense tensor with values; expected a file written by train.py"
+                " or convert.py"
+            )
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in state.values())}
+    return sum(storages.values())
 
 
 def _differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
@@ -111,6 +141,11 @@ def _differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list
         f"{key} has shape {list(given[key].shape)}, expected {list(own[key].shape)}"
         for key in own
         if key in given and given[key].shape != own[key].shape
+    ]
+    wrong += [
+        f"{key} holds {given[key].dtype}, expected {own[key].dtype}"
+        for key in own
+        if key in given and (given[key].is_complex() or given[key].is_floating_point() != own[key].is_floating_point())
     ]
     return wrong
 

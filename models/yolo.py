@@ -7,15 +7,16 @@ anchors and the class count are plain values that losses and post-processing rec
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.graph import Network, measure_strides, run_rows
+from models.graph import Network, measure_strides, read_channels, run_rows
 from models.heads import Detect
-from utils.core.errors import UserError
+from utils.core.errors import UserError, printable
 from utils.core.log import LOGGER
 
 REQUIRED_KEYS = ("backbone", "head")
@@ -23,6 +24,8 @@ KNOWN_KEYS = (
     "nc", "ch", "depth_multiple", "width_multiple", "anchors", "anchors_from_data", "activation", "backbone", "head",
     "names", "task",
 )  # fmt: skip
+
+MAX_ANCHORS = 100  # of a cell, where a YAML gives only their count
 
 
 class DetectionModel(Network):
@@ -103,12 +106,13 @@ def resolve(cfg: dict[str, Any], nc: int | None, ch: int, anchors: Any) -> dict[
         )
     unknown = [str(key) for key in cfg if key not in KNOWN_KEYS]
     if unknown:
-        LOGGER.warning(f"model YAML: unknown keys are not used: {', '.join(unknown)}")
+        LOGGER.warning(f"model YAML: unknown keys are not used: {printable(', '.join(unknown))}")
     out = {key: copy.deepcopy(cfg[key]) for key in KNOWN_KEYS if key in cfg}
     out["nc"] = cfg.get("nc") if nc is None else nc
     if not isinstance(out["nc"], int) or out["nc"] < 1:
-        raise UserError(f"number of classes is {out['nc']!r}; expected an integer of at least 1 in the YAML or as nc=")
-    out["ch"] = cfg.get("ch", ch)
+        given = printable(out["nc"])
+        raise UserError(f"number of classes is {given}; expected an integer of at least 1 in the YAML or as nc=")
+    out["ch"] = read_channels(cfg.get("ch", ch))
     out["depth_multiple"] = float(cfg.get("depth_multiple", 1.0))
     out["width_multiple"] = float(cfg.get("width_multiple", 1.0))
     levels = _levels(out)
@@ -121,7 +125,8 @@ def resolve(cfg: dict[str, Any], nc: int | None, ch: int, anchors: Any) -> dict[
 def _levels(cfg: dict[str, Any]) -> int:
     last = cfg["head"][-1]
     if not isinstance(last, list | tuple) or len(last) != 4 or last[2] != "Detect":
-        raise UserError(f"the model YAML ends in {last!r}; expected a row [[levels], 1, Detect, [nc, anchors]]")
+        end = printable(last)
+        raise UserError(f"the model YAML ends in {end}; expected a row [[levels], 1, Detect, [nc, anchors]]")
     return len(last[0]) if isinstance(last[0], list | tuple) else 1
 
 
@@ -132,13 +137,18 @@ def read_anchors(value: Any, levels: int) -> tuple[list[list[float]], bool]:
     """
     if isinstance(value, Tensor):
         value = value.reshape(len(value), -1).tolist()
-    if isinstance(value, int | float) and not isinstance(value, bool) and value >= 1:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value <= MAX_ANCHORS:
         return [[1.0] * (2 * round(value))] * levels, True
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise UserError(f"anchors is {value!r}; expected a count, or a list of w,h pairs in pixels for each level")
+        raise UserError(
+            f"anchors is {printable(value)}; expected a count up to {MAX_ANCHORS}, or a list of w,h pairs in pixels for"
+            " each level"
+        )
     flat = [[float(v) for v in _flatten(level)] for level in value]
     if len(flat) != levels or len({len(level) for level in flat}) != 1 or len(flat[0]) % 2:
         raise UserError(f"anchors have {[len(x) for x in flat]} numbers a level; expected {levels} levels of w,h pairs")
+    if not all(0 < v < math.inf for level in flat for v in level):
+        raise UserError(f"anchors are {printable(flat)}; expected widths and heights above 0 in pixels")
     return flat, False
 
 

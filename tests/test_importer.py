@@ -167,7 +167,53 @@ def edit_loop(root: Any) -> None:
 
 
 def edit_yaml_loop(root: Any) -> None:
-    root.yaml["backbone"].append(root.yaml["backbone"])
+    root.yaml["backbone"][0].append(root.yaml["backbone"])
+
+
+def edit_yaml_key(root: Any) -> None:
+    root.yaml["backbone"][2][3] = [{b"x" * 2000: 1}]
+
+
+def edit_yaml_text(root: Any) -> None:
+    root.yaml["backbone"][2][3] = ["x" * 1001]
+
+
+def edit_module_name(root: Any) -> None:
+    root._modules["model"]._modules["x" * 101] = nn.Identity()
+
+
+def doubled() -> list[Any]:
+    """A list of two to the power of 40 numbers, in 40 small lists."""
+    value: list[Any] = [3]
+    for _ in range(40):
+        value = [value, value]
+    return value
+
+
+def edit_nested_constant(root: Any) -> None:
+    root._modules["model"]._modules["1"]._modules["conv"].kernel_size = doubled()
+
+
+def edit_nested_slope(root: Any) -> None:
+    root._modules["model"]._modules["1"]._modules["act"] = act = nn.LeakyReLU()
+    act.negative_slope = doubled()  # type: ignore[assignment]
+
+
+def edit_strides(root: Any) -> None:
+    root._modules["model"]._modules["7"].stride = torch.tensor([16.0, 32.0, 64.0])
+
+
+def edit_root_strides(root: Any) -> None:
+    root.stride = torch.tensor([4.0, 8.0, 16.0])
+
+
+def edit_negative_repeats(root: Any) -> None:
+    root.yaml["backbone"][2][1] = 10**9
+    root.yaml["backbone"][3][1] = -(10**9)
+
+
+def edit_channels(root: Any) -> None:
+    root.yaml["ch"] = 10**10
 
 
 def edit_missing(root: Any) -> None:
@@ -197,7 +243,7 @@ def edit_anchors(root: Any) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (edit_anchors, "its description gives no network"),
+        (edit_anchors, "Detect does not accept these arguments"),
         (edit_stride, "model.1.conv has stride"),
         (edit_eps, "model.1.bn has eps"),
         (edit_act, "mixes activations"),
@@ -212,6 +258,15 @@ def edit_anchors(root: Any) -> None:
         (edit_shape, "its architecture needs"),
         (edit_yaml, "with its yaml"),
         (edit_nc, "number of classes"),
+        (edit_yaml_key, "holds a dict"),
+        (edit_yaml_text, "a text of 1001 characters"),
+        (edit_module_name, "no short names"),
+        (edit_nested_constant, "kernel_size is a list; expected a number"),
+        (edit_nested_slope, "negative_slope is a list; expected a number"),
+        (edit_strides, r"strides \[16.0, 32.0, 64.0\]; its architecture has \[8, 16, 32\]"),
+        (edit_root_strides, r"strides \[4.0, 8.0, 16.0\]"),
+        (edit_negative_repeats, "without end"),
+        (edit_channels, "ch is 10000000000"),
     ],
 )
 def test_what_cannot_be_rebuilt_is_refused(edit: Callable[[Any], None], message: str, tmp_path: Path) -> None:
@@ -219,10 +274,32 @@ def test_what_cannot_be_rebuilt_is_refused(edit: Callable[[Any], None], message:
     with legacy_files.foreign_classes() as make:
         root = legacy_files.as_foreign(small("mini"), make)
         edit(root)
-        torch.save({"model": root}, tmp_path / "x.pt")
+        torch.save({"model": root}, tmp_path / "x.pt", pickle_protocol=3)
     with pytest.raises(UserError, match=message) as caught:
         import_legacy(tmp_path / "x.pt")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1500
+
+
+def test_unknown_keys_of_the_yaml_are_not_looked_at(tmp_path: Path) -> None:
+    with legacy_files.foreign_classes() as make:
+        root = legacy_files.as_foreign(small("mini"), make)
+        root.yaml |= {b"x" * 2000: 1, "yaml_file": "y" * 2000, "more": {b"z": 1}}
+        torch.save({"model": root}, tmp_path / "x.pt", pickle_protocol=3)
+    assert set(import_legacy(tmp_path / "x.pt")[0]) <= {*MINI, "ch", "anchors_from_data"}
+
+
+def test_text_of_a_file_is_made_printable(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Nothing that a file says moves the cursor, breaks a line or fills the screen."""
+    path = legacy_files.save_foreign(
+        small("mini"),
+        tmp_path / "x.pt",
+        names=["a\nb", "\x1b[2Jc", "d" * 10_000],
+        license="MIT\n\x1b]0;x\x07" + "e" * 9999,
+    )
+    loaded = load_model(path)
+    assert loaded.names == ["a b", "\\x1b[2Jc", "d" * 200 + "..."]
+    assert loaded.meta["licence"].startswith("MIT \\x1b]0;x\\x07eee") and len(loaded.meta["licence"]) < 250
+    assert "\x1b" not in (out := capsys.readouterr().out) and len(out) < 1000 and out.count("\n") == 1
 
 
 def test_files_without_a_model(tmp_path: Path) -> None:

@@ -131,11 +131,52 @@ def test_unfit_checkpoints_are_refused_in_one_line(tmp_path: Path) -> None:
         ({k: v for k, v in good.items() if k != "model_cfg"}, "model_cfg"),
         ({**good, "state": broken}, "shape"),
         ({**good, "names": ["a"]}, "names 1 classes"),
+        ({**good, "names": [1, 2, 3, 4]}, "a text for each"),
+        ({**good, "names": 5}, "its names is a int; expected list"),
+        ({**good, "names": "abcd"}, "its names is a str; expected list"),
+        ({**good, "meta": [1]}, "its meta is a list; expected dict"),
+        ({**good, "meta": {"imgsz": "wide"}}, "its imgsz is a str; expected int"),
+        ({**good, "meta": {"licence": [1]}}, "its licence is a list; expected str"),
+        ({**good, "version": "1"}, "its version is a str; expected int"),
+        ({**good, "model_cfg": [1]}, "its model_cfg is a list; expected dict"),
+        ({**good, "model_cfg": "/etc/passwd"}, "its model_cfg is a str; expected dict"),
+        ({**good, "state": [1]}, "its state is a list; expected dict"),
     ]
+    cases += [
+        ({**good, "model_cfg": {**good["model_cfg"], **change}}, message)
+        for change, message in (
+            ({"width_multiple": 12.0}, "parameters in"),
+            ({"depth_multiple": float("nan")}, "repeats layers without end"),
+            ({"depth_multiple": "x"}, "its description gives no network"),
+            ({"ch": 10**10}, "ch is 10000000000"),
+            ({"anchors": 1e10}, "a count up to 100"),
+            ({"anchors": [[float("nan")] * 6] * 3}, "above 0"),
+            ({"backbone": 5}, "gives no network"),
+            ({"activation": "nn.Hardtanh(1, 0)"}, "not understood"),
+            ({"backbone": [[-1, 1, "nn.Upsample", [None, 300, "nearest"]]]}, "no earlier row"),
+            ({"names": ["x" * 1001]}, "a text of 1001 characters"),
+        )
+    ]
+    key = "model.0.conv.bn.bias"
+    bias = good["state"][key]
+    cases += [
+        ({**good, "state": {**good["state"], key: tensor}}, message)
+        for tensor, message in (
+            (5, "no dense tensor"),
+            (bias.to_sparse(), "no dense tensor"),
+            (bias.to("meta"), "no dense tensor"),
+            (bias.long(), "holds torch.int64, expected torch.float32"),
+            (bias.to(torch.complex64), "holds torch.complex64"),
+        )
+    ]
+    anchors = {"model.30.anchors": good["state"]["model.30.anchors"] * float("nan")}
+    cases.append(({**good, "state": {**good["state"], **anchors}}, "anchors that are no sizes"))
+    hollow = {key: torch.zeros(()).expand(tensor.shape) for key, tensor in good["state"].items()}
+    cases.append(({**good, "state": hollow}, "parameters in"))
     for data, message in cases:
         with pytest.raises(UserError, match=message) as error:
             unpack_model(data, "x.pt")
-        assert "\n" not in str(error.value)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500
     with pytest.raises(UserError, match="not found"):
         load_model(tmp_path / "none.pt")
     with pytest.raises(UserError, match="names"):

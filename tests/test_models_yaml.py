@@ -260,6 +260,18 @@ def test_activation_of_the_model() -> None:
         (rows([-1, 1, "Conv", [16]], anchors=[[1, 2, 3]]), "w,h pairs"),
         (rows([-1, 1, "Conv", [16]], anchors="many"), "anchors"),
         (rows([-1, 1, "SPD", [1]]), "scale"),
+        (rows([-1, 1, "Expand", [0]]), "row 0"),
+        (rows([-1, 1, "nn.Upsample", [None, 300, "nearest"]]), "enlarge less"),
+        (rows([-1, 1, "nn.Upsample", [None, 1e300, "nearest"]]), "cannot take inputs"),
+        (rows([-1, 1, "nn.ZeroPad2d", [100_000]]), "enlarge less"),
+        (rows([-1, 1, "Conv", [16, 1, 1, 10**5]]), "enlarge less"),
+        (rows(*[[[-1, -1], 1, "Concat", [1]]] * 14), "enlarge less"),
+        (rows([-1, 1, "Detect", ["nc", [[1, 2]]]]), "put it last"),
+        (rows([-1, 1, "Conv", ["-" * 200_000]]), "200000 characters"),
+        (rows([-1, 1, "Conv", [16]], activation="-" * 200_000), "not understood"),
+        (rows([-1, 1, "Conv", [16]], activation="nn.PReLU(-1)"), "not understood"),
+        (rows([-1, 1, "Conv", [16]], ch=0), "ch is 0"),
+        (rows([-1, 1, "Conv", [16]], anchors=[[1, -2]]), "above 0"),
         ({"nc": 2, "anchors": 3, "backbone": []}, "backbone"),
         ({"nc": 2, "anchors": 3, "backbone": [[-1, 1, "Conv", [8]]], "head": [[-1, 1, "Conv", [8]]]}, "Detect"),
     ],
@@ -269,6 +281,15 @@ def test_errors_name_the_cause_in_one_line(cfg: dict[str, Any], message: str) ->
     with pytest.raises(UserError, match=message) as error:
         build_model(cfg)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [MemoryError, RecursionError])
+def test_text_that_overflows_the_parser_stays_text(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def overflow(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("ast.literal_eval", overflow)
+    assert read_argument("-" * 200, {}) == "-" * 200
 
 
 def test_unknown_file_suggests_a_name() -> None:

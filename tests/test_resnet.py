@@ -103,6 +103,8 @@ def test_normalization_is_part_of_the_network(tmp_path) -> None:  # type: ignore
         ({"head": []}, "no head"),
         ({"head": [[-1, 1, "ConvBNReLU", [64]]]}, "Classify as the last row"),
         ({"backbone": [[-1, 1, "BasicStge", [64]]]}, "did you mean 'BasicStage'"),
+        ({"backbone": [[-1, 1, "ConvBNReLU", [64]], [-1, 1, "nn.Upsample", [None, 300, "nearest"]]]}, "enlarge less"),
+        ({"ch": 10**10}, "ch is 10000000000"),
     ],
 )
 def test_wrong_configurations_are_refused(change: dict, message: str) -> None:
