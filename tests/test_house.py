@@ -2,11 +2,14 @@
 
 import ast
 import functools
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from utils.core.config import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {"utils.core": 0, "utils.ops": 1, "models": 2, "utils.data": 2, "utils.engine": 3, "models.backends": 3}
@@ -149,9 +152,47 @@ def test_safety_rule_bites(code: str) -> None:
     assert list(safety_problems("x.py", ast.parse(code)))
 
 
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+CODE = re.compile(r"^```.*?^```", re.M | re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """What `page#...` may name: its headings as GitHub spells them, and explicit ids."""
+    text = page.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ +(.+)$", CODE.sub("", text), re.M)
+    named = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    return named | set(re.findall(r'<a id="([^"]+)">', text))
+
+
 def test_documents_name_existing_files() -> None:
-    """Every relative link in README.md, CONTRIBUTING.md and docs/ leads to a file that exists."""
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+    """Every relative link leads to a file, and to a heading of it, that exist; README.md leads to every document."""
+    for page in PAGES:
+        text = CODE.sub("", page.read_text(encoding="utf-8"))
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", text):
             if "://" not in target and not target.startswith("mailto:"):
-                assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
+                file = page.parent / target if target else page
+                assert file.exists(), f"{page.name} links to {target}, which does not exist"
+                assert not anchor or anchor in anchors(file), f"{page.name}: {file.name} has no heading #{anchor}"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"](docs/{page.name})" in readme, f"README.md does not link docs/{page.name}"
+
+
+def test_documents_name_existing_flags() -> None:
+    """Every flag behind the name of a verb in a code block is one of that verb's options, or the beginning of one."""
+    for page in PAGES:
+        code = "\n".join(CODE.findall(page.read_text(encoding="utf-8"))).replace("\\\n", " ")
+        for command in re.split(r"\n|&&|;", re.sub(r"(^|\s)#.*", "", code, flags=re.M)):
+            verb, _, rest = command.partition(".py ")
+            verb = verb.rpartition(" ")[2]
+            if (ROOT / f"{verb}.py").is_file():
+                for flag in re.findall(r"(?<!\S)--[\w-]+", rest):
+                    known = any(own.startswith(flag) for own in verb_flags(verb))
+                    assert known, f"{page.name}: {verb}.py has no {flag}"
+
+
+@functools.cache
+def verb_flags(verb: str) -> set[str]:
+    module = importlib.import_module(verb)
+    config = getattr(module, f"{verb.split('_')[0].title()}Config")
+    return {flag for action in build_parser(config, verb)._actions for flag in action.option_strings}
