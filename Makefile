@@ -1,4 +1,4 @@
-# make demo: install, then train, validate, detect and export on a data set that is drawn on the spot.
+# make demo: install, then train, validate, detect and export on a synthetic data set.
 # make test: install, then the fast tests. Everything lives in $(VENV); nothing else on the machine is changed.
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help install demo test test-all lint format bench results lock clean
 
 help:
-	@echo "make demo      install, then the whole line on a drawn data set (minutes, no download of data)"
+	@echo "make demo      install, then the whole pipeline on a synthetic data set (minutes, no download of data)"
 	@echo "make test      install, then the fast tests"
 	@echo "make test-all  the slow tests too"
 	@echo "make lint      ruff and pyright"

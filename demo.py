@@ -1,7 +1,7 @@
-"""The whole line on a data set that is drawn on the spot: train, validate, detect, export, verify; no download.
+"""The whole pipeline on a synthetic data set: train, validate, detect, export, verify; no download.
 
 python demo.py            (what `make demo` runs: minutes on two CPU cores)
-python demo.py --draw     (only draw the data set of data/demo.yaml)
+python demo.py --draw     (only make the data set of data/demo.yaml)
 """
 
 import math
@@ -42,15 +42,15 @@ class DemoConfig:
     workers: int = option(2, "loader processes")
     seed: int = option(0, "seed of the scenes and of the training")
     frames: int = option(60, "frames of the video")
-    datasets: str = option(str(HERE / "datasets"), "where the drawn data set goes")
+    datasets: str = option(str(HERE / "datasets"), "where the synthetic data set goes")
     project: str = option("runs/demo", "folder of the runs")
     name: str = option("exp", "name of this run's folder")
-    draw: bool = option(False, "only draw the data set")
+    draw: bool = option(False, "only make the data set")
 
 
 @dataclass(frozen=True)
 class DemoReport:
-    """The run's folder, one row of numbers per runtime, and the pictures and videos worth a look."""
+    """The run's folder, one row of numbers per runtime, and the images and videos worth a look."""
 
     folder: Path
     rows: dict[str, dict[str, float]]
@@ -60,7 +60,7 @@ class DemoReport:
 def demo(config: DemoConfig) -> DemoReport | None:
     """Everything, in order."""
     start = time.monotonic()
-    LOGGER.info("1. drawing a data set of small objects")
+    LOGGER.info("1. making a synthetic data set of small objects")
     data = write_dataset(
         Path(config.datasets) / "demo", train=config.train, val=config.val, size=config.imgsz, seed=config.seed
     )
@@ -82,7 +82,7 @@ def demo(config: DemoConfig) -> DemoReport | None:
     LOGGER.info("\n4. validating both files")
     rows = {name: measure(config, weights, data, folder, name) for name, weights in (("PyTorch", best), ("ONNX", onnx))}
 
-    LOGGER.info("\n5. detecting on pictures and on a video")
+    LOGGER.info("\n5. detecting on images and on a video")
     pictures = look(config, best, data, folder)
     report = DemoReport(folder, rows, pictures)
     summary = info.measure(config_from_kwargs(info.InfoConfig, cfg=best, imgsz=[config.imgsz]))

@@ -1,4 +1,4 @@
-"""Detect objects in pictures, videos, cameras and streams with any model file; a classifier names whole pictures."""
+"""Detect objects in images, videos, cameras and streams with any model file; a classifier names whole images."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,18 +48,18 @@ RETIRED = {
 class DetectConfig(RunFolderOptions, PredictorOptions):
     """Options of detect.py; names and defaults as YOLOv5 users know them."""
 
-    source: list[str] = option([], "picture, video, folder, glob, list file, URL, webcam number, screen", nargs="+")
+    source: list[str] = option([], "image, video, folder, glob, list file, URL, webcam number, screen", nargs="+")
     data: str = option("", "data YAML with the class names, for model files without metadata")
     conf_thres: float = option(0.25, "smallest confidence", aliases=("conf",))
     iou_thres: float = option(0.45, "NMS IoU", aliases=("iou",))
-    max_det: int = option(1000, "most detections per picture")
+    max_det: int = option(1000, "most detections per image")
     view_img: bool = option(False, "show the results in windows; q ends")
     save_txt: bool = option(False, "write labels/*.txt, normalized")
     save_conf: bool = option(False, "add the confidence to --save-txt")
     save_json: bool = option(False, "write predictions.ndjson, a line for each frame")
     save_csv: bool = option(False, "write predictions.csv, a row for each box")
     save_crop: bool = option(False, "write crops/<class>/*.jpg")
-    nosave: bool = option(False, "write no annotated pictures and videos")
+    nosave: bool = option(False, "write no annotated images and videos")
     classes: list[int] | None = option(None, "only these class numbers", nargs="+")
     agnostic_nms: bool = option(False, "suppress overlaps across classes")
     batch_size: int = option(1, "frames, or tiles with --slice, run at a time", aliases=("batch",))
@@ -84,7 +84,7 @@ class DetectReport:
 
 
 def detect(cfg: DetectConfig) -> DetectReport:
-    """Run the whole line; UserError when nothing of the source could be read."""
+    """Run the whole pipeline; UserError when nothing of the source could be read."""
     if not cfg.weights:
         raise UserError(NO_WEIGHTS)
     if cfg.line_thickness < 1:

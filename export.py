@@ -57,7 +57,7 @@ class ExportConfig:
     weights: str = option("", "checkpoint: .pt or .safetensors")
     include: list[str] = option(["onnx"], "formats to write", choices=exportable(), nargs="+")
     data: str = option("", "data YAML: for verification with AP, for int8 calibration")
-    source: str = option("", "image or folder to verify on instead of --data or the bundled drawn scenes")
+    source: str = option("", "image or folder to verify on instead of --data or the bundled synthetic scenes")
     imgsz: list[int] = option(
         [], "network size: one number, or height and width; default: what the model was trained for",
         aliases=("img", "img_size"), nargs="+",

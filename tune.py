@@ -1,7 +1,7 @@
 """Search hyper-parameters: many short training runs, a random grid or TPE, pruned by their early epochs.
 
 python tune.py --data data/demo.yaml --cfg models/yolov5-spd-n.yaml --imgsz 160 --epochs 20 --trials 30
-python tune.py --name exp --trials 60        (the same study goes on; start it several times to share the work)
+python tune.py --name exp --trials 60        (continues the same study; start it several times to share the work)
 """
 
 import csv
