@@ -3,6 +3,7 @@
 import importlib
 import zipfile
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from backend_models import HW, NAMES, job_of, pictures, tiny_detector
 from models import build_model
 from models.backends import FORMATS, load_predictor
 from models.backends.graph import NmsSettings
-from models.backends.verify import TOLERANCES, Difference, compare_detections, compare_raw
+from models.backends.verify import TOLERANCES, Difference, compare, compare_detections, compare_raw
 from models.fusion import fuse
 from utils.core.errors import UserError
 from utils.ops.nms import non_max_suppression
@@ -260,9 +261,7 @@ def raw_and_rows(seed: int = 0, count: int = 60) -> tuple[torch.Tensor, torch.Te
     rng = torch.Generator().manual_seed(seed)
     boxes = torch.cat((torch.rand(count, 2, generator=rng) * 90, torch.rand(count, 2, generator=rng) * 30 + 10), 1)
     raw = torch.cat((boxes, torch.rand(count, 4, generator=rng) * 0.8 + 0.1), 1)
-    return raw, non_max_suppression(raw[None], conf_thres=NMS.conf_thres, iou_thres=NMS.iou_thres, max_det=NMS.max_det)[
-        0
-    ]
+    return raw, non_max_suppression(raw[None], conf_thres=NMS.conf_thres, iou_thres=NMS.iou_thres)[0]
 
 
 def test_nms_inside_a_file_is_judged():
@@ -286,3 +285,17 @@ def test_a_class_that_flips_in_rounding_is_no_difference():
     assert not compare_detections(raw, flipped, NMS, tie=0.04).failures(TOLERANCES["fp16"])
     wrong = torch.tensor([[40.0, 40, 60, 60, 0.9 * 0.1, 2]])
     assert compare_detections(raw, wrong, NMS, tie=0.04).failures(TOLERANCES["fp16"])
+
+
+@pytest.mark.parametrize(("task", "what"), [("classify", "classes"), ("detect", "detections")])
+def test_differences_name_what_they_count(task, what):
+    """One image of which PyTorch is sure, against a file that says the same, and one that says something else."""
+    expected = torch.tensor([[9.0, 0, 0]]) if task == "classify" else torch.tensor([[[8.0, 8, 4, 4, 1, 1, 0]]])
+    other = expected.flip(-1) if task == "classify" else expected * torch.tensor([1.0, 1, 1, 1, 0, 1, 1])
+    candidate = MagicMock(task=task, end2end=False)
+    candidate.metadata.precision = "int8"
+    for given, found in ((expected, 1), (other, 0)):
+        candidate.return_value = given
+        result = compare(MagicMock(return_value=expected), candidate, [torch.zeros(1, 3, 16, 16)])
+        assert f"{found} of 1 {what} found again" in str(result)
+    assert result.failures(TOLERANCES["int8"]) == [f"0 of 1 {what} found again, expected 70%"]

@@ -327,6 +327,13 @@ def test_disagreements(tmp_path: Path) -> None:
     assert content["images"] == {"both": 1, "only_a": 1, "only_b": 2, "neither": 0} and content["p_value"] == 1
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("only_a_right.jpg", "only_b_right.jpg"))
     assert "only B 2" in comparison_lines(content)
+    paths = "runs/train/resnet18/weights/best.pt", "runs/train/resnet18-spd/weights/best.pt"
+    lines = comparison_lines(compare_classes((a, b), paths, index, tmp_path)).splitlines()
+    assert [line.split()[:2] for line in lines[1:3]] == [
+        ["A:", "resnet18/weights/best.pt"],
+        ["B:", "resnet18-spd/weights/best.pt"],
+    ]
+    assert len({len(line) for line in lines[:3]}) == 1
     with pytest.raises(UserError, match="different images"):
         disagreements(a, result_of([1, 0, 1, 1], [[0, 1]] * 4))
 

@@ -50,6 +50,7 @@ class Difference:
     unsuppressed: int = 0  # pairs of detections of which NMS should have left one
     images: int = 0
     problem: str = ""  # what made a comparison impossible
+    what: str = "detections"  # which of these are counted; of a classifier: classes
 
     def add(self, other: "Difference") -> None:
         self.px = max(self.px, other.px)
@@ -72,7 +73,7 @@ class Difference:
         if self.unsuppressed:
             out.append(f"{self.unsuppressed} pairs of detections overlap by more than the IoU of the NMS inside")
         if self.found < tolerance.found * self.detections:
-            out.append(f"{self.found} of {self.detections} detections found again, expected {tolerance.found:.0%}")
+            out.append(f"{self.found} of {self.detections} {self.what} found again, expected {tolerance.found:.0%}")
         return out
 
     def __str__(self) -> str:
@@ -80,13 +81,14 @@ class Difference:
         if self.boxes:
             text += f"; {self.px:.2g} px and {self.score:.2g} in score over {self.boxes} boxes"
         if self.detections:
-            text += f"; {self.found} of {self.detections} detections found again"
+            text += f"; {self.found} of {self.detections} {self.what} found again"
         return text
 
 
 def compare(reference: Predictor, candidate: Predictor, batches: Iterable[Tensor]) -> Difference:
     """Runs both on the same batches. `reference` gives raw predictions or logits, `candidate` what its file gives."""
     total, precision = Difference(), candidate.metadata.precision
+    total.what = "classes" if candidate.task == "classify" else "detections"
     tie = 2 * (TOLERANCES[precision].score or LOOSE)
     for images in batches:
         expected, given = reference(images).cpu(), candidate(images)

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,9 +275,13 @@ def compare_classes(
 
 
 def comparison_lines(content: dict[str, Any]) -> str:
-    """The console's table of `compare_classes`."""
-    rows = [f"{'':>22}{'top1_acc':>11}{'top5_acc':>11}"]
-    rows += [f"{c['name'][:22]:>22}{c['top1']:>11.4f}{c['top5']:>11.4f}" for c in (content["A"], content["B"])]
+    """The console's table of `compare_classes`; of two paths, what follows the folders that they share."""
+    sides = [content["A"], content["B"]]
+    shared = os.path.commonprefix([side["name"] for side in sides]).rfind("/") + 1
+    names = [f"{letter}: {side['name'][shared:]}" for letter, side in zip("AB", sides, strict=True)]
+    width = max(22, *map(len, names))
+    rows = [f"{'':>{width}}{'top1_acc':>11}{'top5_acc':>11}"]
+    rows += [f"{n:>{width}}{s['top1']:>11.4f}{s['top5']:>11.4f}" for n, s in zip(names, sides, strict=True)]
     n = content["images"]
     rows.append(
         f"both right {n['both']}, only A {n['only_a']}, only B {n['only_b']}, neither {n['neither']}; "
