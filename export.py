@@ -327,6 +327,10 @@ def export_with(cfg: ExportConfig) -> list[Exported]:
     """Whatever the options ask for; the caller looks at `failure`."""
     if not cfg.weights:
         raise UserError("no --weights given; train.py writes runs/train/exp/weights/best.pt (no weights are shipped)")
+    if cfg.benchmark and not cfg.verify:
+        raise UserError("--benchmark measures what it verifies; leave --no-verify out")
+    if cfg.agnostic_nms and not cfg.nms:
+        raise UserError("--agnostic-nms is about the NMS inside the file; add --nms")
     if cfg.images < 1 or cfg.calibration_images < 1:
         raise UserError("--images and --calibration-images need at least 1")
     export = Export(cfg)

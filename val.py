@@ -5,7 +5,7 @@ python val.py --predictions results.json --annotations instances.json
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,20 @@ from utils.engine.coco_files import coco_annotations, coco_results, found_from_c
 from utils.engine.evaluation import EvalPlan, check_classes, evaluate, iterate_images, predict_settings
 from utils.engine.options import NO_WEIGHTS, LabelOptions, MetricOptions, PredictorOptions, RunFolderOptions
 from utils.engine.pictures import BatchPictures
-from utils.engine.predict import Detector, PredictSettings, check_bounds, combine, size_step
+from utils.engine.predict import Detector, PredictSettings, check_bounds, combine, network_size, size_step
 from utils.engine.report import MANY_CLASSES, summary, table, write_json, write_report, write_rows
 from utils.engine.speed import STAGES, speed_line
 from utils.engine.studies import latency, latency_table, study_line, study_row, write_study
 from utils.engine.validate import EvalResult, ValSettings, detection_limit
 from utils.ops.metrics import confusion_matrix
 
+ONE_CLASS = "--single-cls: the ids in predictions.json are those of annotations.json beside it, which has the one class"
 TASKS = ("val", "test", "train", "speed", "study")
+# The options that mean something with --predictions.
+WITH_PREDICTIONS = {
+    "predictions", "annotations", "iou_thrs", "max_dets", "area_bins", "area_from", "area_pixels", "project", "name",
+    "exist_ok", "verbose", "noplots", "device",
+}  # fmt: skip
 RETIRED = {
     "--save-hybrid": "use --save-txt; the labels are in the data set already, and mixing them in inflates AP",
     "--dnn": "ONNX files run on ONNX Runtime; just give the .onnx file to --weights",
@@ -96,9 +102,7 @@ def measure_predictions(cfg: ValConfig) -> ValReport:
     """--predictions and --annotations: no model, no images."""
     if not cfg.annotations:
         raise UserError("--predictions needs the ground truth: add --annotations INSTANCES.json")
-    flags = ["weights", "save_json", "save_txt", "conf_thres", "iou_thres", "max_det", "augment", "single_cls"]
-    flags += [flag for flag, given in (("slice", cfg.slice), ("task", cfg.task != "val")) if given]
-    refuse_flags(cfg, "--predictions", [*flags, "agnostic_nms"])
+    refuse_changed(cfg, "--predictions", set(config_dict(cfg)) - WITH_PREDICTIONS)
     settings = MetricSettings.from_options(cfg)
     truth = truth_from_coco(cfg.annotations, area_from=cfg.area_from, area_pixels=cfg.area_pixels)
     found = found_from_coco(cfg.predictions, truth)
@@ -118,12 +122,12 @@ def measure_predictions(cfg: ValConfig) -> ValReport:
     return ValReport(folder, metrics, {}, result)
 
 
-def refuse_flags(cfg: ValConfig, where: str, flags: Sequence[str]) -> None:
-    """UserError for the first of `flags` that is given where it would do nothing."""
-    for flag in flags:
-        value = getattr(cfg, flag)
-        if value is not None and value is not False and value not in ("", []):
-            raise UserError(f"--{flag.replace('_', '-')} does nothing with {where}; leave one of the two out")
+def refuse_changed(cfg: ValConfig, where: str, names: Iterable[str]) -> None:
+    """UserError for the first of these options that is not at its default where it would do nothing."""
+    defaults = config_dict(ValConfig())
+    for name in sorted(names):
+        if getattr(cfg, name) != defaults[name]:
+            raise UserError(f"--{name.replace('_', '-')} does nothing with {where}; leave one of the two out")
 
 
 def load_models(cfg: ValConfig, spec: DataSpec, dist: Dist) -> list[Any]:
@@ -146,7 +150,9 @@ def plan_for(cfg: ValConfig, predictor: Any) -> EvalPlan:
     size = cfg.imgsz or list(predictor.imgsz or predictor.metadata.imgsz)
     if len(size) > 2:
         raise UserError(f"--imgsz {' '.join(map(str, size))}; expected one number, or height and width")
-    return EvalPlan((size[0], size[-1]), cfg.batch_size, cfg.workers, cfg.rect, cfg.slice, cfg.overlap)
+    used = (size[0], size[-1]) if predictor.task == "classify" else network_size(predictor, size)
+    rect = cfg.rect and predictor.imgsz is None
+    return EvalPlan(used, cfg.batch_size, cfg.workers, rect, cfg.slice, cfg.overlap)
 
 
 def read_labels(cfg: ValConfig, spec: DataSpec, dist: Dist, split: str) -> LabelIndex:
@@ -208,8 +214,8 @@ def save_predictions(cfg: ValConfig, folder: Path, result: EvalResult, index: La
     files = [index.file(i) for i in range(len(index))]
     if cfg.save_json:
         truth = result.truth
-        if not index.own_ids:
-            LOGGER.info(own_numbers(spec))
+        if not index.own_ids or cfg.single_cls:
+            LOGGER.info(ONE_CLASS if cfg.single_cls else own_numbers(spec))
             truth = replace(truth, image_ids=ids_from_names([file.stem for file in files]))
             write_json(folder / "annotations.json", coco_annotations(truth, [file.name for file in files]))
         write_json(folder / "predictions.json", coco_results(result.detections, truth))
@@ -250,6 +256,12 @@ def measure_speed(cfg: ValConfig, dist: Dist) -> ValReport:
     check_bounds(cfg, runs=(1, math.inf))
     spec = load_data(cfg.data)
     predictors = load_models(cfg, spec, dist)
+    for weights, predictor in zip(cfg.weights, predictors, strict=True):
+        if predictor.batch not in (None, 1) and not cfg.slice:
+            raise UserError(
+                f"'{weights}' takes batches of {predictor.batch}, --task speed times single images; export it with "
+                "--batch-size 1 or --dynamic batch"
+            )
     plan = replace(plan_for(cfg, predictors[0]), batch_size=cfg.batch_size if cfg.slice else 1, rect=False)
     settings = val_settings(cfg)
     index = read_labels(cfg, spec, dist, "val")
@@ -285,8 +297,9 @@ def measure_study(cfg: ValConfig, dist: Dist) -> ValReport:
     folder = Path(cfg.project)
     if dist.is_main:
         folder = increment_path(cfg.project, cfg.name, cfg.exist_ok)
-        write_study(rows, folder)
-        write_json(folder / "study.json", {"rows": rows, "settings": {**settings.as_dict(), "data": cfg.data}})
+        write_study(rows, folder, figures=not cfg.noplots)
+        used = {**describe_run(cfg, plan_for(cfg, predictors[0]), dist), **settings.as_dict(), "imgsz": list(cfg.sizes)}
+        write_json(folder / "study.json", {"rows": rows, "settings": used})
         LOGGER.info(f"Results saved to {folder}")
     return ValReport(folder, {"study": rows})
 
@@ -299,7 +312,7 @@ def validate_with(cfg: ValConfig) -> ValReport:
         return measure_predictions(cfg)
     if cfg.task in ("speed", "study"):
         idle = ("save_json", "save_txt", *(("imgsz",) if cfg.task == "study" else ()))
-        refuse_flags(cfg, f"--task {cfg.task}", idle)
+        refuse_changed(cfg, f"--task {cfg.task}", idle)
     if cfg.save_conf and not cfg.save_txt:
         raise UserError("--save-conf adds the confidence to the files of --save-txt; give that too")
     if not cfg.sizes or min(cfg.sizes) < 1:

@@ -78,6 +78,10 @@ def test_batches_hold_every_frame_once(folder, size):
         ("https://host/cat.jpg?key=1", "single picture"),
         ("", "no --source"),
         (["0", "a.png"], "mixes"),
+        (
+            ["rtsp://cam/x", "https://user:SECRET@host/cars.mp4"],
+            "mixes live sources (rtsp://cam/x) and files (https://host/cars.mp4)",
+        ),
     ],
 )
 def test_wrong_sources_are_refused_in_one_line(spec, words, tmp_path, monkeypatch):

@@ -128,7 +128,7 @@ def test_speed_gives_percentiles_of_each_stage(squares: Path, tmp_path: Path, ca
 @pytest.mark.usefixtures("finder")
 def test_study_measures_every_size_of_every_model(squares: Path, tmp_path: Path):
     report = val.run(
-        weights=["any.pt", "blind.pt"], data=squares, project=tmp_path, task="study", sizes=[64, 150], **QUIET
+        weights=["any.pt", "blind.pt"], data=squares, project=tmp_path, task="study", sizes=[64, 150], workers=0
     )
     rows = list(csv.DictReader((report.save_dir / "study.csv").read_text().splitlines()))
     assert [(r["model"], r["imgsz"]) for r in rows] == [
@@ -203,7 +203,8 @@ def test_the_limit_of_nms_lets_through_what_is_counted(options: dict, limit: int
         ({"task": "speed", "runs": 0}, "--runs 0"),
         ({"task": "study", "save_json": True}, "--save-json does nothing with --task study"),
         ({"task": "speed", "save_txt": True}, "--save-txt does nothing with --task speed"),
-        ({"predictions": "a.json", "annotations": "b.json"}, "--weights does nothing with --predictions"),
+        ({"weights": "x", "predictions": "a", "annotations": "b"}, "--weights does nothing with --predictions"),
+        ({"half": True, "predictions": "a", "annotations": "b"}, "--half does nothing with --predictions"),
         ({"weights": [], "predictions": "a", "annotations": "b", "save_json": True}, "--save-json"),
         ({"weights": [], "predictions": "a", "annotations": "b", "save_txt": True}, "--save-txt"),
         ({"weights": [], "predictions": "a", "annotations": "b", "slice": 640}, "--slice does nothing"),
@@ -218,7 +219,8 @@ def test_the_limit_of_nms_lets_through_what_is_counted(options: dict, limit: int
     ],
 )
 def test_mistakes_are_one_line(squares: Path, tmp_path: Path, flags: dict, words: str):
-    options = {"weights": "any.pt", "data": squares, "project": tmp_path, **QUIET, **flags}
+    of_models = {"weights": "any.pt", "data": squares, **QUIET}
+    options = {"project": tmp_path, **({} if {"predictions", "annotations"} <= set(flags) else of_models), **flags}
     with pytest.raises(UserError) as e:
         val.run(**options)
     assert words in str(e.value) and "\n" not in str(e.value)

@@ -178,6 +178,9 @@ class Predictor:
     def _checked(self, output: Any) -> Any:
         """`output`, if it has a value for each class name; a file without metadata may have been given others."""
         extra = 0 if self.task == "classify" else 5
+        if not self.end2end and not isinstance(output, Tensor):
+            kind = f"{len(output)} outputs" if isinstance(output, (tuple, list)) else f"a {type(output).__name__}"
+            raise UserError(f"the model gives {kind}; expected one tensor, as files of export.py without --nms have")
         if not self.end2end and output.shape[-1] != extra + len(self.names):
             raise UserError(
                 f"the model gives {output.shape[-1]} values a row, which is not {extra} + {len(self.names)} class "

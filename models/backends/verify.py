@@ -32,7 +32,6 @@ class Tolerance:
 TOLERANCES = {
     "fp32": Tolerance(px=0.05, score=0.001, ap=0.001, found=1.0),
     "fp16": Tolerance(px=2.0, score=0.02, ap=0.01, found=1.0),
-    "bf16": Tolerance(px=None, score=None, ap=0.01, found=0.9),
     "int8": Tolerance(px=None, score=None, ap=0.02, found=0.7),
 }
 

@@ -51,7 +51,11 @@ def open_source(
     live = [entry for entry in entries if _is_live(entry)]
     if live and len(live) < len(entries):
         other = next(entry for entry in entries if not _is_live(entry))
-        raise UserError(f"--source mixes live sources ({redact(live[0])}) and files ({other}); run them separately")
+        mixed = f"live sources ({redact(live[0])}) and files ({redact(other)})"
+        raise UserError(f"--source mixes {mixed}; run them separately")
+    screens = [entry for entry in entries if _is_screen(entry)]
+    if screens:
+        raise UserError(f"'{screens[0]}' is one of {len(entries)} sources; the screen cannot be combined, run it alone")
     if live:
         return StreamSource(live, stride=vid_stride, give_up=stream_timeout)
     return FileSource(entries, stride=vid_stride)

@@ -59,7 +59,7 @@ def study_row(model: str, imgsz: int, metrics: Mapping[str, Any], speed_ms: Mapp
     return {"model": model, "imgsz": imgsz, **{key: numbers.get(key) for key in STUDY_COLUMNS[2:]}}
 
 
-def write_study(rows: Iterable[Mapping[str, Any]], folder: str | Path) -> list[Path]:
+def write_study(rows: Iterable[Mapping[str, Any]], folder: str | Path, *, figures: bool = True) -> list[Path]:
     """study.csv and study.png: AP and AP_S over the image size and over the time per image, a line per model."""
     rows = list(rows)
     folder = Path(folder)
@@ -67,6 +67,8 @@ def write_study(rows: Iterable[Mapping[str, Any]], folder: str | Path) -> list[P
         writer = csv.DictWriter(file, STUDY_COLUMNS)
         writer.writeheader()
         writer.writerows(plain(rows))
+    if not figures:
+        return [folder / "study.csv"]
     fig, axes = figure(1, 2, (12, 5))
     models = list(dict.fromkeys(row["model"] for row in rows))
     for number, model in enumerate(models):
