@@ -72,13 +72,16 @@ def runs_of(experiment: Experiment, results: Sequence[Row]) -> dict[str, list[Ro
     return {run.name: [row for row in rows if row["run"] == run.name] for run in experiment.runs}
 
 
-def cost_columns(runs: Mapping[str, Sequence[Row]], record: Record) -> dict[str, dict[str, float]]:
+def cost_columns(
+    experiment: Experiment, runs: Mapping[str, Sequence[Row]], record: Record
+) -> dict[str, dict[str, float]]:
     """What the runs that were carried out cost: {column: {run: value}}; columns without a value are left out."""
+    networks = {run.name: Path(run.train["cfg"]).stem for run in experiment.runs}
     columns: dict[str, dict[str, float]] = {}
     for name, rows in runs.items():
         if not rows:
             continue
-        measured = record.costs(rows[0]["model"], rows[0]["imgsz"])
+        measured = record.costs(networks[name], rows[0]["imgsz"])
         known = {"GFLOPs": numbers(rows, "gflops")[0]}
         known |= {title: measured[key] for key, title in MEASURED_COSTS.items() if key in measured}
         for title, value in known.items():
@@ -135,7 +138,7 @@ def provenance(rows: Sequence[Row]) -> str:
 def experiment_block(experiment: Experiment, record: Record, folder: Path) -> str:
     """Everything about one experiment; its figures are written to `folder`."""
     runs = runs_of(experiment, record.results)
-    costs = cost_columns(runs, record)
+    costs = cost_columns(experiment, runs, record)
     own = [row for row in record.differences if row["experiment"] == experiment.name]
     parts = [f"**{experiment.question}**", results_table(runs, costs), difference_table(experiment, own)]
     drawn = {name: rows for name, rows in runs.items() if rows}
