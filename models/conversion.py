@@ -54,6 +54,10 @@ def initialise(model: Network, loaded: LoadedModel) -> Initialization:
     lines += [*_by_rows(model, result, plan), str(result), *_named(result)]
     if detectors:
         whole &= _take_anchors(*detectors, lines)
+        acts = [_activations(m) for m in detectors]
+        if acts[0] != acts[1]:
+            whole = False
+            lines.append(f"activations: {', '.join(acts[0])}, those of the source are {', '.join(acts[1])}")
     return Initialization("copy" if whole else "transfer", whole, tuple(lines), result)
 
 
@@ -144,6 +148,12 @@ def _same_rows(a: DetectionModel, b: DetectionModel) -> bool:
     own, other = ([(row.name, row.sources) for row in model.rows] for model in (a, b))
     strides = ([m.stride for m in model.modules() if isinstance(m, nn.Conv2d)] for model in (a, b))
     return own == other and next(strides)[:1] == next(strides)[:1]
+
+
+def _activations(model: nn.Module) -> list[str]:
+    """The kinds of activation in a network, sorted."""
+    acts = {repr(m.act) for m in model.modules() if isinstance(getattr(m, "act", None), nn.Module)}
+    return sorted(acts - {repr(nn.Identity())})
 
 
 def _take_anchors(model: DetectionModel, source: DetectionModel, lines: list[str]) -> bool:

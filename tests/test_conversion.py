@@ -170,6 +170,14 @@ def test_rows_before_the_first_that_differs_are_kept(target: str, last: int, sit
     assert {int(key.split(".")[1]) for key in report.transfer.unused} >= {20, 23, 24}
 
 
+def test_another_activation_is_no_copy() -> None:
+    """All tensors fit, but the function is another one."""
+    other = build_model({**load_yaml(find_cfg("yolov5n")), "activation": "nn.ReLU()"})
+    report = start(network("yolov5n"), other)
+    assert report.kind == "transfer" and not report.exact and not report.transfer.missing
+    assert any("activations: ReLU" in line and "SiLU" in line for line in report.lines)
+
+
 def test_by_name_only_rows_of_one_type() -> None:
     """Of a row that is another kind of layer nothing is taken, although names and shapes of tensors agree."""
     cfg = load_yaml(find_cfg("yolov5n"))
