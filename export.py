@@ -31,6 +31,7 @@ from utils.data.index import LabelIndex, build_index
 from utils.data.spec import DataSpec, load_data
 from utils.engine.classification import validate_classifier
 from utils.engine.evaluation import EvalPlan, evaluate
+from utils.engine.options import NO_WEIGHTS
 from utils.engine.validate import ValSettings
 
 VERSION = "1.0"
@@ -326,7 +327,7 @@ def benchmark(export: Export) -> list[Exported]:
 def export_with(cfg: ExportConfig) -> list[Exported]:
     """Whatever the options ask for; the caller looks at `failure`."""
     if not cfg.weights:
-        raise UserError("no --weights given; train.py writes runs/train/exp/weights/best.pt (no weights are shipped)")
+        raise UserError(NO_WEIGHTS)
     if cfg.benchmark and not cfg.verify:
         raise UserError("--benchmark measures what it verifies; leave --no-verify out")
     if cfg.agnostic_nms and not cfg.nms:

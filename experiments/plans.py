@@ -115,7 +115,7 @@ def flags(options: Mapping[str, Any]) -> list[str]:
 
 def command(program: str, args: Sequence[str]) -> str:
     """A command line that can be pasted."""
-    return f"python {program} {shlex.join(args)}"
+    return shlex.join(["python", *shlex.split(program), *args])
 
 
 def load_experiment(path: Path) -> Experiment:
