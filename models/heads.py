@@ -55,35 +55,36 @@ class Detect(nn.Module):
         """Feature maps of the levels -> raw maps, each [B, anchors, H, W, 5 + nc]."""
         maps = []
         for conv, x in zip(self.m, features, strict=True):
-            y = conv(x)
-            b, _, h, w = y.shape
-            maps.append(y.reshape(b, self.per_cell, self.outputs, h, w).permute(0, 1, 3, 4, 2))
+            y = conv(x).permute(0, 2, 3, 1)
+            b, h, w, _ = y.shape
+            maps.append(y.reshape(b, h, w, self.per_cell, self.outputs).permute(0, 3, 1, 2, 4))
         return maps
 
     def decode(self, maps: list[Tensor]) -> Tensor:
         """Raw maps -> [B, N, 5 + nc]: cx, cy, w, h in network pixels, objectness and class probabilities.
 
-        N runs over (level, anchor, row, column). Half-precision maps are decoded in float32, since a 16-bit coordinate
+        N runs over (level, row, column, anchor), as a channels-last map lies in memory. Half-precision maps are decoded in float32, since a 16-bit coordinate
         beyond 512 pixels is worth half a pixel.
         """
         parts = []
         for raw, anchors, stride in zip(maps, self.anchors, self.strides, strict=True):
-            probability = (raw if raw.dtype == torch.float64 else raw.float()).sigmoid()
+            cells = raw.permute(0, 2, 3, 1, 4)
+            probability = (cells if cells.dtype == torch.float64 else cells.float()).sigmoid()
             parts.append(_decode_level(probability, anchors.to(probability.dtype) * stride, stride))
         return torch.cat(parts, 1)
 
 
 def _decode_level(p: Tensor, anchors: Tensor, stride: int) -> Tensor:
-    """Probabilities [B, anchors, H, W, 5 + nc] and anchors [anchors, 2] in pixels -> [B, anchors * H * W, 5 + nc].
+    """Probabilities [B, H, W, anchors, 5 + nc] and anchors [anchors, 2] in pixels -> [B, H * W * anchors, 5 + nc].
 
     Centers are (2p - 0.5 + cell) * stride, sizes (2p)^2 * anchor, the rest stays p. Written as one polynomial with a
     coefficient for every output, since slices of the large tensor would be copies in all runtimes.
     """
-    b, na, h, w, outputs = p.shape
-    square = pad(4 * anchors.view(na, 1, 1, 2), (2, outputs - 4))
+    b, h, w, na, outputs = p.shape
+    square = pad(4 * anchors, (2, outputs - 4))
     linear = pad(p.new_tensor((2 * stride, 2 * stride, 0, 0)), (0, outputs - 4), value=1.0)
     columns, rows = ((torch.arange(n, device=p.device, dtype=p.dtype) - 0.5) * stride for n in (w, h))
     # Products, not padding: OpenVINO's int8 passes move a subtraction past a pad, which shifts the boxes.
     first, second = (pad(p.new_ones(1), (i, outputs - 1 - i)) for i in (0, 1))
-    x, y = columns.view(w, 1) * first, rows.view(h, 1, 1) * second
-    return torch.addcmul(linear, p, square).mul_(p).add_(x).add_(y).reshape(b, na * h * w, outputs)
+    x, y = columns.view(w, 1, 1) * first, rows.view(h, 1, 1, 1) * second
+    return torch.addcmul(linear, p, square).mul_(p).add_(x).add_(y).reshape(b, h * w * na, outputs)

@@ -28,15 +28,15 @@ def test_forward_does_not_depend_on_the_mode() -> None:
 
 
 def test_decode_against_a_loop() -> None:
-    """xy = (2s - 0.5 + cell) * stride, wh = (2s)^2 * anchor; order: level, anchor, row, column."""
+    """xy = (2s - 0.5 + cell) * stride, wh = (2s)^2 * anchor; order: level, row, column, anchor."""
     model = small(nc=2).eval()
     maps = [torch.randn(1, 3, h, w, 7, dtype=torch.float64) for h, w in ((4, 6), (2, 3), (1, 2))]
     expected = []
     for raw, stride, anchors in zip(maps, model.strides, model.anchors.tolist(), strict=True):
         _, na, h, w, _ = raw.shape
-        for a in range(na):
-            for y in range(h):
-                for x in range(w):
+        for y in range(h):
+            for x in range(w):
+                for a in range(na):
                     s = [1 / (1 + math.exp(-v)) for v in raw[0, a, y, x].tolist()]
                     box = [(2 * s[0] - 0.5 + x) * stride, (2 * s[1] - 0.5 + y) * stride]
                     box += [(2 * s[2]) ** 2 * anchors[a][0], (2 * s[3]) ** 2 * anchors[a][1]]
