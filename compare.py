@@ -23,16 +23,16 @@ from utils.data.frames import safe_name
 from utils.data.images import read_image
 from utils.data.index import build_index
 from utils.data.spec import DataSpec, load_data
-from utils.engine.bootstrap import Interval, check_bootstrap, paired_bootstrap
-from utils.engine.classification import compare_classes, comparison_lines, validate_classifier
-from utils.engine.coco_eval import MetricSettings, Truth, coco_metrics, found_from_rows
-from utils.engine.coco_files import found_from_coco, truth_from_coco
-from utils.engine.comparison import comparison_table, judge, most_different, plot_bars, save_pairs
-from utils.engine.evaluation import EvalPlan, check_classes, evaluate
+from utils.engine.evaluation.bootstrap import Interval, check_bootstrap, paired_bootstrap
+from utils.engine.evaluation.classification import compare_classes, comparison_lines, validate_classifier
+from utils.engine.evaluation.coco_eval import MetricSettings, Truth, coco_metrics, found_from_rows
+from utils.engine.evaluation.coco_files import found_from_coco, truth_from_coco
+from utils.engine.evaluation.comparison import comparison_table, judge, most_different, plot_bars, save_pairs
+from utils.engine.evaluation.evaluate import EvalPlan, check_classes, evaluate
+from utils.engine.evaluation.report import write_json
+from utils.engine.evaluation.validate import ValSettings, detection_limit
+from utils.engine.inference.predict import check_bounds, combine
 from utils.engine.options import LabelOptions, MetricOptions, PredictorOptions, RunFolderOptions
-from utils.engine.predict import check_bounds, combine
-from utils.engine.report import write_json
-from utils.engine.validate import ValSettings, detection_limit
 from utils.ops.metrics import Found
 
 

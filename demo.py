@@ -21,8 +21,8 @@ from utils.core.device import describe, select_device
 from utils.core.files import increment_path
 from utils.core.log import LOGGER
 from utils.data.scenes import write_dataset, write_video
-from utils.engine.report import write_json
-from utils.engine.trainer import EXIT_INTERRUPTED, Interrupted
+from utils.engine.evaluation.report import write_json
+from utils.engine.training.trainer import EXIT_INTERRUPTED, Interrupted
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")

@@ -14,15 +14,13 @@ from utils.core.log import LOGGER
 from utils.data.frames import Frame, Source
 from utils.data.sources import has_sequence, open_source
 from utils.data.spec import load_data
-from utils.engine.classifying import PictureClassifier
-from utils.engine.draw import Style
-from utils.engine.options import NO_WEIGHTS, PredictorOptions, RunFolderOptions
-from utils.engine.pipeline import Behind, ahead
-from utils.engine.predict import Detector, PredictSettings, combine
-from utils.engine.records import Forms, Result, class_forms, detection_forms
-from utils.engine.speed import speed_line
-from utils.engine.tracking import TRACKERS, Tracking
-from utils.engine.writers import (
+from utils.engine.figures.draw import Style
+from utils.engine.inference.classifying import PictureClassifier
+from utils.engine.inference.pipeline import Behind, ahead
+from utils.engine.inference.predict import Detector, PredictSettings, combine
+from utils.engine.inference.records import Forms, Result, class_forms, detection_forms
+from utils.engine.inference.tracking import TRACKERS, Tracking
+from utils.engine.inference.writers import (
     CropWriter,
     CsvWriter,
     NdjsonWriter,
@@ -33,6 +31,8 @@ from utils.engine.writers import (
     refuse_overwrite,
     require_gui,
 )
+from utils.engine.options import NO_WEIGHTS, PredictorOptions, RunFolderOptions
+from utils.engine.speed import speed_line
 from utils.ops.detections import Detections
 
 Runner = Detector | PictureClassifier

@@ -29,10 +29,10 @@ from utils.core.files import existing_file
 from utils.core.log import LOGGER
 from utils.data.index import LabelIndex, build_index
 from utils.data.spec import DataSpec, load_data
-from utils.engine.classification import validate_classifier
-from utils.engine.evaluation import EvalPlan, evaluate
+from utils.engine.evaluation.classification import validate_classifier
+from utils.engine.evaluation.evaluate import EvalPlan, evaluate
+from utils.engine.evaluation.validate import ValSettings
 from utils.engine.options import NO_WEIGHTS
-from utils.engine.validate import ValSettings
 
 VERSION = "1.0"
 FEW = 20  # boxes a picture that are compared where none reaches the confidence of the NMS inside

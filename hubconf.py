@@ -24,9 +24,9 @@ from utils.core.errors import UserError
 from utils.core.log import LOGGER
 from utils.data.frames import redact, url_scheme
 from utils.data.images import read_image
-from utils.engine.classifying import Classification, PictureClassifier
-from utils.engine.predict import Detector, PredictSettings, combine
-from utils.engine.results import Results
+from utils.engine.inference.classifying import Classification, PictureClassifier
+from utils.engine.inference.predict import Detector, PredictSettings, combine
+from utils.engine.inference.results import Results
 
 dependencies = ["torch", "torchvision", "numpy", "cv2", "PIL", "yaml"]
 

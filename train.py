@@ -24,15 +24,15 @@ from utils.core.log import LOGGER, quiet
 from utils.core.yamls import dump_yaml
 from utils.data.download import fetch
 from utils.data.spec import DataSpec, load_data
-from utils.engine.autobatch import measure_batch_size
-from utils.engine.plots import plot_results
-from utils.engine.runs import find_resume, open_run, resumed_config
-from utils.engine.settings import RETIRED, TrainConfig
-from utils.engine.sinks import Sinks, open_sinks
+from utils.engine.figures.plots import plot_results
 from utils.engine.tasks import Evaluation, Task
 from utils.engine.tasks.classify import ClassifyTask
 from utils.engine.tasks.detect import DetectTask
-from utils.engine.trainer import EXIT_INTERRUPTED, Interrupted, Trainer, precision, set_determinism
+from utils.engine.training.autobatch import measure_batch_size
+from utils.engine.training.runs import find_resume, open_run, resumed_config
+from utils.engine.training.settings import RETIRED, TrainConfig
+from utils.engine.training.sinks import Sinks, open_sinks
+from utils.engine.training.trainer import EXIT_INTERRUPTED, Interrupted, Trainer, precision, set_determinism
 
 PRESET_HYP = {"v6.0": "hyp.scratch.yaml", "v7.0": "hyp.scratch-low.yaml"}
 TASKS = {"detect": DetectTask, "classify": ClassifyTask}

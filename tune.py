@@ -18,8 +18,8 @@ from utils.core.errors import UserError
 from utils.core.files import atomic_write, project_file
 from utils.core.log import LOGGER
 from utils.core.yamls import dump_yaml, load_yaml
-from utils.engine.search import Range, TrainingRun, load_space, plot_parallel
-from utils.engine.settings import TrainConfig
+from utils.engine.training.search import Range, TrainingRun, load_space, plot_parallel
+from utils.engine.training.settings import TrainConfig
 
 HERE = Path(__file__).resolve().parent
 SAMPLERS = ("tpe", "random-grid")

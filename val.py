@@ -20,17 +20,23 @@ from utils.core.log import LOGGER, quiet
 from utils.data.frames import unique_names
 from utils.data.index import LabelIndex, build_index
 from utils.data.spec import DataSpec, load_data
-from utils.engine.classification import class_table, validate_classifier, write_class_report
-from utils.engine.coco_eval import MetricSettings, coco_metrics
-from utils.engine.coco_files import coco_annotations, coco_results, found_from_coco, ids_from_names, truth_from_coco
-from utils.engine.evaluation import EvalPlan, check_classes, evaluate, iterate_images, predict_settings
+from utils.engine.evaluation.classification import class_table, validate_classifier, write_class_report
+from utils.engine.evaluation.coco_eval import MetricSettings, coco_metrics
+from utils.engine.evaluation.coco_files import (
+    coco_annotations,
+    coco_results,
+    found_from_coco,
+    ids_from_names,
+    truth_from_coco,
+)
+from utils.engine.evaluation.evaluate import EvalPlan, check_classes, evaluate, iterate_images, predict_settings
+from utils.engine.evaluation.report import MANY_CLASSES, summary, table, write_json, write_report, write_rows
+from utils.engine.evaluation.studies import latency, latency_table, study_line, study_row, write_study
+from utils.engine.evaluation.validate import EvalResult, ValSettings, detection_limit
+from utils.engine.figures.pictures import BatchPictures
+from utils.engine.inference.predict import Detector, PredictSettings, check_bounds, combine, network_size, size_step
 from utils.engine.options import NO_WEIGHTS, LabelOptions, MetricOptions, PredictorOptions, RunFolderOptions
-from utils.engine.pictures import BatchPictures
-from utils.engine.predict import Detector, PredictSettings, check_bounds, combine, network_size, size_step
-from utils.engine.report import MANY_CLASSES, summary, table, write_json, write_report, write_rows
 from utils.engine.speed import STAGES, speed_line
-from utils.engine.studies import latency, latency_table, study_line, study_row, write_study
-from utils.engine.validate import EvalResult, ValSettings, detection_limit
 from utils.ops.metrics import confusion_matrix
 
 ONE_CLASS = "--single-cls: the ids in predictions.json are those of annotations.json beside it, which has the one class"

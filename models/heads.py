@@ -63,8 +63,8 @@ class Detect(nn.Module):
     def decode(self, maps: list[Tensor]) -> Tensor:
         """Raw maps -> [B, N, 5 + nc]: cx, cy, w, h in network pixels, objectness and class probabilities.
 
-        N runs over (level, row, column, anchor), as a channels-last map lies in memory. Half-precision maps are decoded in float32, since a 16-bit coordinate
-        beyond 512 pixels is worth half a pixel.
+        N runs over (level, row, column, anchor), as a channels-last map lies in memory. Half-precision maps are decoded
+        in float32, since a 16-bit coordinate beyond 512 pixels is worth half a pixel.
         """
         parts = []
         for raw, anchors, stride in zip(maps, self.anchors, self.strides, strict=True):

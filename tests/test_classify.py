@@ -30,7 +30,7 @@ from utils.data.folder import (
 )
 from utils.data.loader import EvalLoader, TrainLoader
 from utils.data.spec import load_data
-from utils.engine.classification import (
+from utils.engine.evaluation.classification import (
     ClassResult,
     class_table,
     compare_classes,
@@ -40,9 +40,9 @@ from utils.engine.classification import (
     sign_test,
     validate_classifier,
 )
-from utils.engine.classifying import PictureClassifier
-from utils.engine.settings import TrainConfig
+from utils.engine.inference.classifying import PictureClassifier
 from utils.engine.tasks.classify import ClassifyTask
+from utils.engine.training.settings import TrainConfig
 
 PLAIN = Hyp(mosaic=0, scale=0, translate=0, fliplr=0, hsv_h=0, hsv_s=0, hsv_v=0)
 DIST = Dist.single(torch.device("cpu"))
@@ -431,7 +431,7 @@ def test_resumed_training_is_exact(folder: Path, tmp_path: Path) -> None:
     whole = train.run(**common, epochs=3, name="whole")
     states = torch.load(whole.folder / "weights" / "last.pt", weights_only=True)
     kept: dict[str, Any] = {}
-    from utils.engine.trainer import Trainer
+    from utils.engine.training.trainer import Trainer
 
     original = Trainer._finish_epoch
 

@@ -11,9 +11,9 @@ import compare
 from tests.squares import NAMES, SquareFinder, dataset
 from tests.test_engine_coco_eval import random_case
 from utils.core.errors import UserError
-from utils.engine.bootstrap import image_weights, paired_bootstrap
-from utils.engine.coco_eval import Truth, coco_metrics
-from utils.engine.comparison import judge, most_different, region
+from utils.engine.evaluation.bootstrap import image_weights, paired_bootstrap
+from utils.engine.evaluation.coco_eval import Truth, coco_metrics
+from utils.engine.evaluation.comparison import judge, most_different, region
 from utils.ops.metrics import Found, Objects
 
 

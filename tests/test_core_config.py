@@ -7,7 +7,7 @@ import pytest
 from utils.core.config import config_from_kwargs, given_options, parse_config
 from utils.core.errors import UserError
 from utils.core.hyp import Hyp, load_hyp
-from utils.engine.settings import RETIRED, TrainConfig
+from utils.engine.training.settings import RETIRED, TrainConfig
 
 
 def parse(*argv):

@@ -19,7 +19,7 @@ from models.weights import pack_model
 from utils.core.checkpoint import save_checkpoint
 from utils.core.errors import UserError
 from utils.data.frames import Frame, Tally
-from utils.engine.predict import Detector, PredictSettings
+from utils.engine.inference.predict import Detector, PredictSettings
 
 NAMES = ["ant", "bee", "cat"]
 

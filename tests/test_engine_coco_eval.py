@@ -10,8 +10,15 @@ import numpy as np
 import pytest
 
 from utils.core.errors import UserError
-from utils.engine.coco_eval import TWELVE, MetricSettings, Truth, coco_metrics, found_from_rows, truth_from_index
-from utils.engine.coco_files import coco_results, found_from_coco, truth_from_coco
+from utils.engine.evaluation.coco_eval import (
+    TWELVE,
+    MetricSettings,
+    Truth,
+    coco_metrics,
+    found_from_rows,
+    truth_from_index,
+)
+from utils.engine.evaluation.coco_files import coco_results, found_from_coco, truth_from_coco
 from utils.ops.metrics import Found, Objects
 
 

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from tests.test_engine_coco_eval import empty, random_case
-from utils.engine import plots
-from utils.engine.coco_eval import TABLE, coco_metrics
-from utils.engine.pictures import MAX_IMAGES, BatchPictures, draw_batch, draw_train_batch, mosaic, target_rows
-from utils.engine.report import plain, shown, table
+from utils.engine.evaluation.coco_eval import TABLE, coco_metrics
+from utils.engine.evaluation.report import plain, shown, table
+from utils.engine.figures import plots
+from utils.engine.figures.pictures import MAX_IMAGES, BatchPictures, draw_batch, draw_train_batch, mosaic, target_rows
 from utils.engine.speed import Speed, speed_line
 from utils.ops.metrics import confusion_matrix
 

@@ -12,9 +12,9 @@ from utils.core.checkpoint import load_checkpoint
 from utils.core.dist import Dist
 from utils.core.errors import UserError
 from utils.core.hyp import Hyp
-from utils.engine.autobatch import fit_batch_size
-from utils.engine.optim import Schedule
-from utils.engine.sinks import CsvSink, open_sinks
+from utils.engine.training.autobatch import fit_batch_size
+from utils.engine.training.optim import Schedule
+from utils.engine.training.sinks import CsvSink, open_sinks
 
 
 def equal(a, b):

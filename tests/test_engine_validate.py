@@ -8,10 +8,10 @@ import torch
 
 from utils.core.dist import Dist
 from utils.core.errors import UserError
-from utils.engine import validate as module
-from utils.engine.coco_eval import MetricSettings
-from utils.engine.predict import PredictSettings
-from utils.engine.validate import ModelPredictor, ValSettings, evaluate_rows, validate
+from utils.engine.evaluation import validate as module
+from utils.engine.evaluation.coco_eval import MetricSettings
+from utils.engine.evaluation.validate import ModelPredictor, ValSettings, evaluate_rows, validate
+from utils.engine.inference.predict import PredictSettings
 from utils.ops.boxes import xyxy_to_cxcywh
 from utils.ops.letterbox import letterbox_geometry
 

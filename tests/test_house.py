@@ -23,12 +23,12 @@ ONLY_IN = {
     "openvino": "models/backends/",
     "nncf": "models/backends/",
     "tensorrt": "models/backends/",
-    "torch.utils.tensorboard": "utils/engine/sinks.py",
-    "tensorboard": "utils/engine/sinks.py",
-    "wandb": "utils/engine/sinks.py",
-    "mlflow": "utils/engine/sinks.py",
+    "torch.utils.tensorboard": "utils/engine/training/sinks.py",
+    "tensorboard": "utils/engine/training/sinks.py",
+    "wandb": "utils/engine/training/sinks.py",
+    "mlflow": "utils/engine/training/sinks.py",
     "optuna": "tune.py",
-    "trackers": "utils/engine/tracking.py",
+    "trackers": "utils/engine/inference/tracking.py",
 }
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "pickle.load", "pickle.loads"}
 FORBIDDEN_IMPORTS = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "requests", "urllib.request", "pip"}
@@ -126,7 +126,7 @@ def test_nothing_is_executed_from_data() -> None:
         ("utils/ops/x.py", "import utils.data.index"),
         ("models/x.py", "from utils.data import index"),
         ("utils/engine/x.py", "from models import backends"),
-        ("models/backends/x.py", "import utils.engine.validate"),
+        ("models/backends/x.py", "import utils.engine.evaluation.validate"),
         ("utils/engine/x.py", "import train"),
     ],
 )

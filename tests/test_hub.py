@@ -11,7 +11,7 @@ from PIL import Image
 
 import hubconf
 from utils.core.errors import UserError
-from utils.engine.results import Results
+from utils.engine.inference.results import Results
 from utils.ops.detections import Detections
 
 BOX = (40, 60, 80, 180)

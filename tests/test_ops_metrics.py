@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.test_engine_coco_eval import empty, random_case
-from utils.engine.coco_eval import COCO_IOU_THRS, coco_metrics
+from utils.engine.evaluation.coco_eval import COCO_IOU_THRS, coco_metrics
 from utils.ops import metrics as ops
 from utils.ops.metrics import Found, Objects, average_precision, confusion_matrix, match, pr_curves
 

@@ -11,8 +11,8 @@ from media import Endless, RedFinder, one_thread, with_squares  # noqa: F401
 from models import build_model
 from models.backends.pytorch import PyTorchPredictor
 from utils.core.errors import UserError
-from utils.engine.pipeline import Behind, ahead
-from utils.engine.predict import (
+from utils.engine.inference.pipeline import Behind, ahead
+from utils.engine.inference.predict import (
     AugmentedPredictor,
     Detector,
     EnsemblePredictor,

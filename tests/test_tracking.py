@@ -7,7 +7,7 @@ import pytest
 
 from utils.core.errors import UserError
 from utils.data.frames import Frame
-from utils.engine.tracking import TRACKERS, Tracking
+from utils.engine.inference.tracking import TRACKERS, Tracking
 from utils.ops.detections import Detections
 
 IMAGE = np.zeros((8, 8, 3), np.uint8)

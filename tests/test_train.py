@@ -148,7 +148,7 @@ def test_killed_runs_end_like_the_uninterrupted_one(reference, scenes, tmp_path,
 
 def interrupted(monkeypatch, at, **options):
     """A run that ends by SIGTERM after `at` optimizer steps."""
-    from utils.engine.trainer import Interrupted, Trainer
+    from utils.engine.training.trainer import Interrupted, Trainer
 
     step = Trainer._optimizer_step
     done = []
@@ -189,7 +189,7 @@ def test_what_is_trained_from_imported_weights_keeps_their_licence(scenes, tmp_p
 def test_an_older_run_in_the_same_folder_is_not_what_is_resumed(scenes, tmp_path, monkeypatch):
     options = {**SMALL, "data": scenes, "hyp": HYP, "project": tmp_path, "exist_ok": True, "epochs": 1}
     train.run(**options)
-    monkeypatch.setattr("utils.engine.trainer.Trainer._train_epoch", stop)
+    monkeypatch.setattr("utils.engine.training.trainer.Trainer._train_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
         train.run(**options, seed=5)
     weights = tmp_path / "exp" / "weights"
@@ -202,8 +202,8 @@ def test_a_restarted_group_finds_its_own_run(tmp_path, monkeypatch, world):
     """What torchrun --max-restarts starts again goes on; what somebody else started there does not."""
     from utils.core.config import config_from_kwargs
     from utils.core.dist import Dist
-    from utils.engine.runs import find_resume, open_run
-    from utils.engine.settings import TrainConfig
+    from utils.engine.training.runs import find_resume, open_run
+    from utils.engine.training.settings import TrainConfig
 
     for name, value in {"LOCAL_RANK": "0", "WORLD_SIZE": world, "TORCHELASTIC_RUN_ID": "run"}.items():
         monkeypatch.setenv(name, value)
@@ -251,8 +251,8 @@ def test_image_weights_draw_all_tiles(scenes):
     from utils.core.dist import Dist
     from utils.core.hyp import Hyp
     from utils.data.spec import load_data
-    from utils.engine.settings import TrainConfig
     from utils.engine.tasks.detect import DetectTask
+    from utils.engine.training.settings import TrainConfig
 
     config = config_from_kwargs(TrainConfig, **{**SMALL, "data": str(scenes), "slice": 32, "noautoanchor": True})
     spec, hyp = load_data(scenes), Hyp()

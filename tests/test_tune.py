@@ -13,8 +13,8 @@ from utils.core.config import parse_config
 from utils.core.errors import UserError
 from utils.core.hyp import load_hyp
 from utils.core.yamls import load_yaml
-from utils.engine.search import AP, AP50, Range, epoch_values, load_space, plot_parallel
-from utils.engine.settings import TrainConfig
+from utils.engine.training.search import AP, AP50, Range, epoch_values, load_space, plot_parallel
+from utils.engine.training.settings import TrainConfig
 
 # Trains nothing: AP rises with the epoch and peaks at lr0 = 0.02; writes what train.py writes. lr0 > 0.09 fails.
 FAKE = """

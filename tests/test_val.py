@@ -12,7 +12,7 @@ import val
 from tests.squares import NAMES, SquareFinder, dataset
 from utils.core.errors import UserError
 from utils.data.spec import DataSpec, load_data
-from utils.engine.coco_eval import TWELVE
+from utils.engine.evaluation.coco_eval import TWELVE
 
 QUIET = {"workers": 0, "noplots": True}
 

@@ -11,10 +11,10 @@ from PIL import Image
 
 from utils.core.errors import UserError
 from utils.data.frames import Frame
-from utils.engine import writers
-from utils.engine.draw import Style, annotate, color_of, label_of, text_color
-from utils.engine.records import detection_forms
-from utils.engine.writers import (
+from utils.engine.figures.draw import Style, annotate, color_of, label_of, text_color
+from utils.engine.inference import writers
+from utils.engine.inference.records import detection_forms
+from utils.engine.inference.writers import (
     CropWriter,
     CsvWriter,
     NdjsonWriter,

@@ -8,10 +8,10 @@ from torch import nn
 
 from utils.core.dist import Dist
 from utils.core.hyp import Hyp
-from utils.engine.settings import TrainConfig
-from utils.engine.sinks import Sinks
 from utils.engine.tasks import Evaluation, LossTerm
-from utils.engine.trainer import Interrupted, Trainer
+from utils.engine.training.settings import TrainConfig
+from utils.engine.training.sinks import Sinks
+from utils.engine.training.trainer import Interrupted, Trainer
 
 SAMPLES = 22
 

@@ -1,9 +1,9 @@
 """Detection metrics as pure array functions: matching after COCO's rule, precision-recall curves, confusion matrix.
 
-The headline numbers come from the COCO engine (utils/engine/coco_eval.py). What an engine does not hand out lives here:
-which detection met which object, precision, recall and F1 over the confidence, who is taken for whom, and average
-precision from matches, which the bootstrap needs a thousand times over. The matching is COCO's, so that both give the
-same numbers.
+The headline numbers come from the COCO engine (utils/engine/evaluation/coco_eval.py). What an engine does not hand out
+lives here: which detection met which object, precision, recall and F1 over the confidence, who is taken for whom, and
+average precision from matches, which the bootstrap needs a thousand times over. The matching is COCO's, so that both
+give the same numbers.
 """
 
 from dataclasses import dataclass

@@ -19,15 +19,15 @@ from utils.core.log import LOGGER
 from utils.data.folder import ClassDataset, build_class_index, channel_statistics, note_unused
 from utils.data.loader import Batch, EvalLoader, TrainLoader
 from utils.data.spec import DataSpec
-from utils.engine.classification import (
+from utils.engine.evaluation.classification import (
     class_table,
     draw_class_batch,
     measure,
     write_class_report,
 )
-from utils.engine.settings import TrainConfig
 from utils.engine.speed import speed_line
 from utils.engine.tasks import Evaluation, LossTerm
+from utils.engine.training.settings import TrainConfig
 
 METRICS = {"metrics/accuracy_top1": "top1", "metrics/accuracy_top5": "top5", "val/cls_loss": "loss"}
 PREPROCESSING = {"color": "RGB", "layout": "NCHW", "range": [0.0, 1.0], "resize": "short side, center crop"}

@@ -22,13 +22,13 @@ from utils.data.dataset import DetectionDataset
 from utils.data.index import LabelIndex, build_index
 from utils.data.loader import Batch, EvalLoader, TrainLoader
 from utils.data.spec import DataSpec
-from utils.engine.pictures import BatchPictures, draw_train_batch
-from utils.engine.plots import plot_labels
-from utils.engine.report import table, write_report
-from utils.engine.settings import TrainConfig
+from utils.engine.evaluation.report import table, write_report
+from utils.engine.evaluation.validate import ModelPredictor, ValSettings, to_float, validate
+from utils.engine.figures.pictures import BatchPictures, draw_train_batch
+from utils.engine.figures.plots import plot_labels
 from utils.engine.speed import speed_line
 from utils.engine.tasks import Evaluation, LossTerm
-from utils.engine.validate import ModelPredictor, ValSettings, to_float, validate
+from utils.engine.training.settings import TrainConfig
 from utils.ops.anchors import check_anchors
 from utils.ops.loss import LOSS_NAMES, DetectionLoss
 

@@ -9,11 +9,11 @@ import numpy as np
 
 from utils.core.errors import UserError
 from utils.core.log import LOGGER
-from utils.engine.bootstrap import Interval
-from utils.engine.coco_eval import Truth
-from utils.engine.pictures import draw_boxes_in, mosaic, save_picture, titled
-from utils.engine.plots import figure, save
-from utils.engine.report import shown
+from utils.engine.evaluation.bootstrap import Interval
+from utils.engine.evaluation.coco_eval import Truth
+from utils.engine.evaluation.report import shown
+from utils.engine.figures.pictures import draw_boxes_in, mosaic, save_picture, titled
+from utils.engine.figures.plots import figure, save
 from utils.ops.letterbox import letterbox_geometry, letterbox_image
 from utils.ops.metrics import Found, match
 

@@ -27,12 +27,12 @@ from utils.core.dist import Dist
 from utils.core.errors import UserError
 from utils.core.hyp import Hyp
 from utils.core.log import LOGGER
-from utils.engine.ema import Ema, FlatStatistics
-from utils.engine.guard import Guard
-from utils.engine.optim import Schedule, apply_plan, build_optimizer
-from utils.engine.settings import TrainConfig
-from utils.engine.sinks import Sinks
 from utils.engine.tasks import Evaluation, Task
+from utils.engine.training.ema import Ema, FlatStatistics
+from utils.engine.training.guard import Guard
+from utils.engine.training.optim import Schedule, apply_plan, build_optimizer
+from utils.engine.training.settings import TrainConfig
+from utils.engine.training.sinks import Sinks
 
 EXIT_INTERRUPTED = 75  # like sysexits' EX_TEMPFAIL: run again with --resume
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from utils.core.files import atomic_write
-from utils.engine.draw import color_of
+from utils.engine.figures.draw import color_of
 from utils.ops.metrics import RECALLS, Curves
 
 SIZE_TICKS = (2, 4, 8, 16, 32, 96, 256)

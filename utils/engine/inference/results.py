@@ -13,10 +13,10 @@ from utils.core.errors import UserError
 from utils.core.files import increment_path
 from utils.core.log import LOGGER
 from utils.data.frames import Frame
-from utils.engine.draw import Style, annotate
-from utils.engine.records import detection_forms
+from utils.engine.figures.draw import Style, annotate
+from utils.engine.inference.records import detection_forms
+from utils.engine.inference.writers import CropWriter, PictureWriter, crop, refuse_overwrite
 from utils.engine.speed import speed_line
-from utils.engine.writers import CropWriter, PictureWriter, crop, refuse_overwrite
 from utils.ops.boxes import xyxy_to_cxcywh
 from utils.ops.detections import Detections
 

@@ -18,10 +18,10 @@ from utils.data.dataset import DetectionDataset
 from utils.data.images import read_image
 from utils.data.index import LabelIndex
 from utils.data.loader import EvalLoader
-from utils.engine.pipeline import ahead
-from utils.engine.predict import Detector, PredictSettings, check_bounds, network_size, size_step
+from utils.engine.evaluation.validate import EvalResult, OnBatch, ValSettings, evaluate_rows, validate
+from utils.engine.inference.pipeline import ahead
+from utils.engine.inference.predict import Detector, PredictSettings, check_bounds, network_size, size_step
 from utils.engine.speed import Speed
-from utils.engine.validate import EvalResult, OnBatch, ValSettings, evaluate_rows, validate
 from utils.ops.boxes import xyxy_to_cxcywh
 from utils.ops.letterbox import Letterbox, letterbox_geometry, letterbox_image
 

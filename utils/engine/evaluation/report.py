@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from utils.core.files import atomic_write
-from utils.engine.coco_eval import TABLE
-from utils.engine.plots import plot_confusion, plot_curves
-from utils.engine.validate import EvalResult
+from utils.engine.evaluation.coco_eval import TABLE
+from utils.engine.evaluation.validate import EvalResult
+from utils.engine.figures.plots import plot_confusion, plot_curves
 from utils.ops.boxes import xyxy_to_cxcywh
 
 NAME_WIDTH = 22

@@ -11,7 +11,7 @@ from utils.core.dist import Dist, is_restarted, launched
 from utils.core.errors import UserError
 from utils.core.files import atomic_write, increment_path
 from utils.core.log import LOGGER
-from utils.engine.settings import RESUMABLE, TrainConfig
+from utils.engine.training.settings import RESUMABLE, TrainConfig
 
 LAUNCH_FILE = ".launch.json"  # which torchrun agent owns a run folder, so that an elastic restart finds it again
 

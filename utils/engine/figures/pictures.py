@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from utils.core.files import atomic_write
-from utils.engine.draw import color_of, draw_box, draw_label, font_of
+from utils.engine.figures.draw import color_of, draw_box, draw_label, font_of
 from utils.ops.boxes import cxcywh_to_xyxy
 from utils.ops.letterbox import resize
 

@@ -21,10 +21,10 @@ from utils.core.hyp import Hyp
 from utils.data.folder import ClassDataset, ClassIndex, build_class_index, center_crop
 from utils.data.loader import Batch, EvalLoader
 from utils.data.spec import DataSpec
-from utils.engine.evaluation import check_classes
-from utils.engine.pictures import mosaic, save_picture, titled
-from utils.engine.plots import figure, save
-from utils.engine.report import write_json
+from utils.engine.evaluation.evaluate import check_classes
+from utils.engine.evaluation.report import write_json
+from utils.engine.figures.pictures import mosaic, save_picture, titled
+from utils.engine.figures.plots import figure, save
 from utils.engine.speed import Clock, Speed
 
 TOP = 5

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from utils.core.files import atomic_write
-from utils.engine.plots import figure, save
-from utils.engine.predict import Detector
-from utils.engine.report import plain, shown
+from utils.engine.evaluation.report import plain, shown
+from utils.engine.figures.plots import figure, save
+from utils.engine.inference.predict import Detector
 from utils.engine.speed import STAGES
 
 PERCENTILES = (50, 90, 95, 99)

@@ -9,7 +9,7 @@ from torch import Tensor
 from utils.core.dist import Dist
 from utils.core.errors import UserError
 from utils.core.log import LOGGER
-from utils.engine.ema import FlatStatistics
+from utils.engine.training.ema import FlatStatistics
 
 
 class Guard:

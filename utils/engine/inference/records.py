@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from utils.data.frames import Frame
-from utils.engine.classifying import Classification
-from utils.engine.draw import Style, annotate, draw_lines
+from utils.engine.figures.draw import Style, annotate, draw_lines
+from utils.engine.inference.classifying import Classification
 from utils.ops.detections import Detections
 
 Result = Detections | Classification

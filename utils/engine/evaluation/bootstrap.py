@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from utils.core.errors import UserError
-from utils.engine.coco_eval import MetricSettings, Truth
+from utils.engine.evaluation.coco_eval import MetricSettings, Truth
 from utils.ops.metrics import ANY_AREA, Found, average_precision, match
 
 CELLS_AT_ONCE = 1_000_000

@@ -12,7 +12,7 @@ from utils.core.files import existing_file
 from utils.core.log import LOGGER
 from utils.data.coco import INT64
 from utils.data.coco import number as is_number
-from utils.engine.coco_eval import Truth
+from utils.engine.evaluation.coco_eval import Truth
 from utils.ops.metrics import Found, Objects
 
 

@@ -16,8 +16,15 @@ from models.yolo import DetectionModel
 from utils.core.dist import Dist
 from utils.core.errors import UserError
 from utils.core.log import LOGGER
-from utils.engine.coco_eval import Labels, MetricSettings, Truth, coco_metrics, found_from_rows, truth_from_index
-from utils.engine.predict import DETECTION_BOUNDS, check_bounds
+from utils.engine.evaluation.coco_eval import (
+    Labels,
+    MetricSettings,
+    Truth,
+    coco_metrics,
+    found_from_rows,
+    truth_from_index,
+)
+from utils.engine.inference.predict import DETECTION_BOUNDS, check_bounds
 from utils.engine.speed import Clock, Speed
 from utils.ops.letterbox import Letterbox
 from utils.ops.metrics import Curves, confusion_matrix, fitness

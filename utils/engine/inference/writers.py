@@ -17,7 +17,7 @@ import numpy as np
 
 from utils.core.errors import UserError
 from utils.data.frames import Frame, safe_name, unique_names
-from utils.engine.records import Forms
+from utils.engine.inference.records import Forms
 from utils.ops.detections import Detections
 
 WRITABLE = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}

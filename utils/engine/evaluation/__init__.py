@@ -1,0 +1,1 @@
+"""Evaluation: COCO's numbers for every data set and backend, classifiers, comparisons, and what is written of them."""

@@ -1,0 +1,1 @@
+"""Figures and pictures: boxes on images, curves, matrices."""

@@ -1,0 +1,1 @@
+"""Inference: from pictures and streams to detections, and the forms in which these are put down."""
