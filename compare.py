@@ -31,7 +31,7 @@ from utils.engine.evaluation.comparison import comparison_table, judge, most_dif
 from utils.engine.evaluation.evaluate import EvalPlan, check_classes, evaluate
 from utils.engine.evaluation.report import write_json
 from utils.engine.evaluation.validate import ValSettings, detection_limit
-from utils.engine.inference.predict import check_bounds, combine
+from utils.engine.inference.predict import check_bounds, combine, network_size
 from utils.engine.options import LabelOptions, MetricOptions, PredictorOptions, RunFolderOptions
 from utils.ops.metrics import Found
 
@@ -76,6 +76,7 @@ class Sides:
     read: Callable[[int], np.ndarray] | None
     stem: Callable[[int], str]
     max_det: int | None = None  # most detections per image; None where they come from files
+    sizes: tuple[tuple[int, int], ...] = ()  # network height and width of A and B; empty where they come from files
 
 
 def from_files(cfg: CompareConfig) -> Sides:
@@ -111,11 +112,11 @@ def from_models(cfg: CompareConfig, spec: DataSpec, predictors: Sequence[Predict
         )
     metrics = MetricSettings.from_options(cfg)
     settings = ValSettings(iou_thres=cfg.iou_thres, max_det=detection_limit(cfg.max_det, metrics), metrics=metrics)
-    found, truths = [], []
+    found, truths, sizes = [], [], []
     for predictor, label in zip(predictors, labels_of(cfg), strict=True):
         check_classes(predictor, spec.names, spec.yaml.name)
-        size = cfg.imgsz or list(predictor.imgsz or predictor.metadata.imgsz)
-        plan = EvalPlan((size[0], size[-1]), cfg.batch_size, cfg.workers, True, cfg.slice, cfg.overlap)
+        sizes.append(network_size(predictor, cfg.imgsz or predictor.imgsz or predictor.metadata.imgsz))
+        plan = EvalPlan(sizes[-1], cfg.batch_size, cfg.workers, True, cfg.slice, cfg.overlap)
         model = combine([predictor], augment=cfg.augment)
         result = evaluate(model, index, list(spec.names), plan, settings, dist, title=label)
         assert result.truth is not None
@@ -129,6 +130,7 @@ def from_models(cfg: CompareConfig, spec: DataSpec, predictors: Sequence[Predict
         lambda i: read_image(index.file(i)),
         lambda i: safe_name(index.file(i).stem),
         settings.max_det,
+        tuple(sizes),
     )
 
 
@@ -188,7 +190,7 @@ def compare(cfg: CompareConfig) -> CompareReport:
         "B": {"name": names[1], "file": files[1], **metrics_b},
         "difference": {key: interval.as_dict() for key, interval in intervals.items()},
         "pictures": [],
-        "settings": {**config_dict(cfg), "max_det": sides.max_det, **settings.as_dict()},
+        "settings": {**config_dict(cfg), "max_det": sides.max_det, "imgsz": sides.sizes, **settings.as_dict()},
     }
     write_json(folder / "compare.json", content)
     LOGGER.info(comparison_table(names, (metrics_a, metrics_b), intervals))

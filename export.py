@@ -7,7 +7,7 @@ python export.py --weights best.pt --benchmark --data data/demo.yaml
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +16,7 @@ from typing import Any
 from models.backends import FORMATS, Format, exportable, load_predictor
 from models.backends.base import DEFAULT_PREPROCESSING, DYNAMIC_CHOICES, Metadata, Predictor, pair
 from models.backends.graph import ExportJob, NmsSettings, nms_dict
-from models.backends.pictures import choose
+from models.backends.pictures import Pictures, choose
 from models.backends.pytorch import PyTorchPredictor
 from models.backends.verify import TOLERANCES, Difference, compare, milliseconds
 from models.fusion import fuse
@@ -56,7 +56,9 @@ class ExportConfig:
     """Options of export.py; names and defaults as YOLOv5 users know them."""
 
     weights: str = option("", "checkpoint: .pt or .safetensors")
-    include: list[str] = option(["onnx"], "formats to write", choices=exportable(), nargs="+")
+    include: list[str] = option(
+        [], "formats to write; default: onnx, with --benchmark all", choices=exportable(), nargs="+"
+    )
     data: str = option("", "data YAML: for verification with AP, for int8 calibration")
     source: str = option("", "image or folder to verify on instead of --data or the bundled synthetic scenes")
     imgsz: list[int] = option(
@@ -77,9 +79,9 @@ class ExportConfig:
         choices=("fixed", "dynamic"), nargs="?", const="fixed",
     )  # fmt: skip
     agnostic_nms: bool = option(False, "with --nms: suppress overlaps across classes")
-    conf_thres: float = option(0.25, "with --nms: smallest confidence", aliases=("conf",))
-    iou_thres: float = option(0.45, "with --nms: IoU", aliases=("iou",))
-    max_det: int = option(300, "with --nms: most detections per image")
+    conf_thres: float | None = option(None, "with --nms: smallest confidence; default: 0.25", aliases=("conf",))
+    iou_thres: float | None = option(None, "with --nms: IoU; default: 0.45", aliases=("iou",))
+    max_det: int | None = option(None, "with --nms: most detections per image; default: 300")
     opset: int = option(18, "ONNX operator set")
     workspace: float = option(4.0, "memory in GB that TensorRT may use while it builds")
     fuse: bool = option(True, "fold normalization and SPD into convolutions, which changes no result")
@@ -87,7 +89,7 @@ class ExportConfig:
     images: int = option(8, "images to verify on")
     calibration_images: int = option(128, "images to calibrate int8 on")
     output: str = option("", "folder to write to; default: beside the checkpoint")
-    benchmark: bool = option(False, "write all formats and print a table: size, AP, AP_S, ms per image")
+    benchmark: bool = option(False, "print a table of the formats: size, AP, AP_S, ms per image")
 
 
 @dataclass
@@ -100,7 +102,7 @@ class Exported:
     skipped: str = ""  # why it was not tried
     size_mb: float = float("nan")
     ms: float = float("nan")
-    difference: Difference | None = None
+    differences: list[Difference] = field(default_factory=list)  # one for each shape that was compared
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -116,7 +118,7 @@ class Export:
         self.device = select_device(cfg.device)
         self.loaded = load_model(self.weights, device=str(self.device))
         self.task = self.loaded.model.task
-        self.nms = self._nms()
+        self.nms = nms_settings(cfg, self.task)
         self.metadata = describe(self.loaded, cfg, self.nms)
         self.network = self.loaded.model
         if cfg.fuse:
@@ -126,19 +128,24 @@ class Export:
         self.network.requires_grad_(False)
         names, imgsz = self.loaded.names, self.metadata.imgsz
         self.reference = PyTorchPredictor(self.loaded.model, names, imgsz=imgsz, device=self.device, fuse=False)
-        self.pictures = choose(
-            self.metadata, data=cfg.data, source=cfg.source, count=cfg.images, batch=self.metadata.batch
-        )
+        self.pictures = self._choose(self.metadata)
         self.measure: Measure | None = measure_on(cfg.data, self.metadata) if cfg.data else None
         self.expected: dict[str, float] = {}
 
-    def _nms(self) -> NmsSettings | None:
+    def _choose(self, metadata: Metadata) -> Pictures:
         cfg = self.cfg
-        if not cfg.nms:
-            return None
-        if self.task != "detect":
-            raise UserError(f"--nms with a model of task {self.task}; it belongs to detectors")
-        return NmsSettings(cfg.conf_thres, cfg.iou_thres, cfg.max_det, cfg.agnostic_nms, cfg.nms)
+        return choose(metadata, data=cfg.data, source=cfg.source, count=cfg.images, batch=metadata.batch)
+
+    def shapes(self) -> Iterator[Pictures]:
+        """What to verify on: pictures of the traced shape, and where axes are dynamic those of another one."""
+        yield self.pictures
+        meta = self.metadata
+        height, width = meta.imgsz
+        if meta.dynamic_hw:
+            smaller = -(-3 * height // (4 * meta.max_stride)) * meta.max_stride
+            height = smaller if smaller < height else height + meta.max_stride
+        if meta.dynamic:
+            yield self._choose(replace(meta, imgsz=(height, width), batch=meta.batch + meta.dynamic_batch))
 
     def write(self, fmt: Format) -> Exported:
         """Writes, reads back and compares one format; a failure is reported, not raised, so that the others follow."""
@@ -178,11 +185,15 @@ class Export:
     def _verify(self, done: Exported) -> None:
         predictor = load_predictor(done.path, device=self.device)
         tolerance = TOLERANCES[self.metadata.precision]
-        done.difference = compare(self.reference, predictor, self.pictures)
-        if self.nms and not done.difference.problem and not (done.difference.boxes or done.difference.detections):
-            done.difference = self._at_any_confidence(done)
-        failures = done.difference.failures(tolerance)
-        LOGGER.info(f"{done.format.title}: verified on {self.pictures.origin}: {done.difference}")
+        failures: list[str] = []
+        for pictures in self.shapes():
+            difference = compare(self.reference, predictor, pictures)
+            if self.nms and not difference.problem and not (difference.boxes or difference.detections):
+                difference = self._at_any_confidence(done, pictures)
+            shape = f"[{pictures.batch}, {pictures.metadata.channels}, {', '.join(map(str, pictures.metadata.imgsz))}]"
+            LOGGER.info(f"{done.format.title}: verified on {pictures.origin} at {shape}: {difference}")
+            failures += [f"{failure} at {shape}" for failure in difference.failures(tolerance)]
+            done.differences.append(difference)
         if self.measure is not None:
             self.expected = self.expected or self.measure(self.reference, self.nms)
             done.metrics = self.measure(predictor, self.nms)
@@ -196,28 +207,42 @@ class Export:
             done.ms = milliseconds(predictor, next(iter(self.pictures)))
         done.failure = "; ".join(failures)
 
-    def _at_any_confidence(self, done: Exported) -> Difference:
+    def _at_any_confidence(self, done: Exported, pictures: Pictures) -> Difference:
         """The comparison for a copy that lets more pass, where no box reaches --conf-thres and nothing was compared."""
-        confidence = self._confidence_of_a_few()
-        LOGGER.info(
-            f"no box of these pictures reaches --conf-thres {self.cfg.conf_thres:g}: compared at {confidence:.2g}"
-        )
         assert self.nms is not None
+        confidence = self._confidence_of_a_few(pictures)
+        LOGGER.info(
+            f"no box of these pictures reaches --conf-thres {self.nms.conf_thres:g}: compared at {confidence:.2g}"
+        )
         nms = replace(self.nms, conf_thres=confidence)
         metadata = replace(self.metadata, nms=nms_dict(nms))
         with TemporaryDirectory() as folder:
             path = Path(folder) / done.path.name
             done.format.load_module().export(replace(self._job(path), metadata=metadata, nms=nms))
-            return compare(self.reference, load_predictor(path, device=self.device), self.pictures)
+            return compare(self.reference, load_predictor(path, device=self.device), pictures)
 
-    def _confidence_of_a_few(self) -> float:
+    def _confidence_of_a_few(self, pictures: Pictures) -> float:
         """A confidence that some boxes of each picture reach."""
         least = 1.0
-        for images in self.pictures:
+        for images in pictures:
             for rows in self.reference(images):
                 best = (rows[:, 4:5] * rows[:, 5:]).amax(1)
                 least = min(least, float(best.topk(min(FEW, len(best))).values[-1]))
         return least
+
+
+def nms_settings(cfg: ExportConfig, task: str) -> NmsSettings | None:
+    """The NMS that goes into the file, None without --nms; its options are refused where they would do nothing."""
+    options = {"conf_thres": cfg.conf_thres, "iou_thres": cfg.iou_thres, "max_det": cfg.max_det}
+    given = {key: value for key, value in options.items() if value is not None}
+    if not cfg.nms:
+        idle = [*given, *(["agnostic_nms"] if cfg.agnostic_nms else [])]
+        if idle:
+            raise UserError(f"--{idle[0].replace('_', '-')} is about the NMS inside the file; add --nms")
+        return None
+    if task != "detect":
+        raise UserError(f"--nms with a model of task {task}; it belongs to detectors")
+    return NmsSettings(**given, agnostic=cfg.agnostic_nms, count=cfg.nms)
 
 
 def describe(loaded: LoadedModel, cfg: ExportConfig, nms: NmsSettings | None) -> Metadata:
@@ -305,7 +330,7 @@ def benchmark_table(rows: Sequence[Exported]) -> str:
 
 
 def benchmark(export: Export) -> list[Exported]:
-    """All formats that this machine can run, PyTorch first."""
+    """The formats asked for that this machine can run, PyTorch first."""
     native = Exported(FORMATS["pytorch"], export.weights, size_mb=size_mb(export.weights))
     predictor = PyTorchPredictor(
         export.loaded.model, export.loaded.names, imgsz=export.metadata.imgsz, device=export.device
@@ -314,7 +339,7 @@ def benchmark(export: Export) -> list[Exported]:
     if export.measure is not None:
         native.metrics = export.expected = export.measure(export.reference, export.nms)
     rows = [native]
-    for fmt in (FORMATS[name] for name in exportable()):
+    for fmt in (FORMATS[name] for name in dict.fromkeys(export.cfg.include or exportable())):
         absent = [p for p in fmt.requires if importlib.util.find_spec(p) is None]
         if absent or (export.cfg.int8 and not fmt.int8):
             reason = f"not tried: {', '.join(absent)} not installed" if absent else "not tried: no int8"
@@ -330,8 +355,6 @@ def export_with(cfg: ExportConfig) -> list[Exported]:
         raise UserError(NO_WEIGHTS)
     if cfg.benchmark and not cfg.verify:
         raise UserError("--benchmark measures what it verifies; leave --no-verify out")
-    if cfg.agnostic_nms and not cfg.nms:
-        raise UserError("--agnostic-nms is about the NMS inside the file; add --nms")
     if cfg.images < 1 or cfg.calibration_images < 1:
         raise UserError("--images and --calibration-images need at least 1")
     export = Export(cfg)
@@ -339,7 +362,7 @@ def export_with(cfg: ExportConfig) -> list[Exported]:
         rows = benchmark(export)
         LOGGER.info(benchmark_table(rows))
         return rows
-    return [export.write(FORMATS[name]) for name in dict.fromkeys(cfg.include)]
+    return [export.write(FORMATS[name]) for name in dict.fromkeys(cfg.include or ["onnx"])]
 
 
 def run(**kwargs: Any) -> list[Exported]:

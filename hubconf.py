@@ -136,9 +136,18 @@ def _tensor_picture(item: torch.Tensor) -> np.ndarray:
     return array.transpose(1, 2, 0) if array.ndim == 3 and array.shape[0] in (1, 3, 4) else array
 
 
-def load(weights: str | Path, device: str = "", half: bool = False, imgsz: int | None = None) -> Model:
-    """A model from a file: a checkpoint of this project or YOLOv5's (.pt, .safetensors), or an exported one."""
-    return Model(load_predictor(weights, device=select_device(device), half=half, imgsz=imgsz))
+def load(
+    weights: str | Path,
+    device: str = "",
+    half: bool = False,
+    imgsz: int | Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+) -> Model:
+    """A model from a file: a checkpoint of this project or YOLOv5's (.pt, .safetensors), or an exported one.
+
+    `imgsz` and `names` (of the classes) stand in for what an exported file of another tool does not say itself.
+    """
+    return Model(load_predictor(weights, device=select_device(device), half=half, names=names, imgsz=imgsz))
 
 
 def custom(path: str | Path, autoshape: bool = True, _verbose: bool = True, device: str | None = None) -> Any:

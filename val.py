@@ -93,10 +93,11 @@ def val_settings(cfg: ValConfig) -> ValSettings:
     metrics = MetricSettings.from_options(cfg)
     speed = cfg.task == "speed"
     common = PredictSettings if speed else ValSettings
+    limit = PredictSettings.max_det if speed and cfg.max_det is None else detection_limit(cfg.max_det, metrics)
     return ValSettings(
         conf_thres=common.conf_thres if cfg.conf_thres is None else cfg.conf_thres,
         iou_thres=common.iou_thres if cfg.iou_thres is None else cfg.iou_thres,
-        max_det=detection_limit(cfg.max_det, metrics),
+        max_det=limit,
         multi_label=not speed,
         agnostic=cfg.agnostic_nms,
         single_cls=cfg.single_cls,

@@ -131,6 +131,8 @@ def without_metadata(fmt, job, folder):
         graph = onnx.load(job.path)
         del graph.metadata_props[:]
         onnx.save(graph, path)
+    elif fmt == "torch_export":
+        torch.export.save(torch.export.load(job.path), path)
     else:
         ov = pytest.importorskip("openvino")
         path.mkdir()
@@ -140,7 +142,28 @@ def without_metadata(fmt, job, folder):
     return path
 
 
-@pytest.mark.parametrize("fmt", ["onnx", "openvino"])
+class OfOneSize(torch.nn.Module):
+    """Something of a detector's output, from images of one size."""
+
+    def forward(self, images):
+        return (images + torch.ones(1, 3, *HW)).flatten(2)[..., : 5 + len(NAMES)]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_trace_of_another_tool(tmp_path):
+    """A trace does not say what it takes: it is tried."""
+    path, fixed = tmp_path / "best.torchscript", torch.rand(1, 3, *HW)
+    torch.jit.save(torch.jit.trace(OfOneSize(), fixed), path)
+    with pytest.raises(UserError, match="--data DATA.yaml and --imgsz"):
+        load_predictor(path)
+    with pytest.raises(UserError, match="does not run on images of 640x640"):
+        load_predictor(path, names=NAMES, imgsz=640)
+    with pytest.raises(UserError, match="give the --data that it was trained on"):
+        load_predictor(path, names=["one"], imgsz=HW)
+    assert load_predictor(path, names=NAMES, imgsz=HW)(fixed).shape == (1, 3, 8)
+
+
+@pytest.mark.parametrize("fmt", ["torch_export", "onnx", "openvino"])
 def test_a_file_of_another_tool(fmt, model, fixed, tmp_path):
     path = without_metadata(fmt, fixed(fmt), tmp_path)
     with pytest.raises(UserError, match="--data DATA.yaml and --imgsz"):

@@ -7,13 +7,15 @@ import pytest
 
 from models.backends import FORMATS, exportable, format_of, load_predictor
 from models.backends.base import Metadata, given_metadata, need, pair
+from models.backends.graph import NmsSettings, nms_dict
 from utils.core.errors import UserError
 
-GOOD = Metadata(names=("a", "b"), imgsz=(64, 96), strides=(8, 16), dynamic="all", nms={"max_det": 5}, version="1")
+NMS = nms_dict(NmsSettings(max_det=5))
+GOOD = Metadata(names=("a", "b"), imgsz=(64, 96), strides=(8, 16), dynamic="all", nms=NMS, version="1")
 
 
 def test_metadata_survive_json_with_any_names():
-    for names in ((), ("a",), ("\"'<>&\n{}", "größe", "人")):
+    for names in (("a",), ("\"'<>&\n{}", "größe", "人")):
         made = Metadata(names=names, imgsz=(64, 96))
         assert Metadata.from_json(made.to_json(), "x") == made
     assert Metadata.from_json(GOOD.to_json(), "x") == GOOD
@@ -24,6 +26,7 @@ def test_metadata_survive_json_with_any_names():
     [
         {"names": "__import__('os').system('true')"},
         {"names": [1]},
+        {"names": []},
         {"imgsz": [64]},
         {"imgsz": [True, False]},
         {"strides": None},
@@ -31,13 +34,17 @@ def test_metadata_survive_json_with_any_names():
         {"dynamic": "some"},
         {"batch": "1"},
         {"nms": []},
+        {"nms": {"max_det": 5}},
+        {"precision": "fp8"},
+        {"max_stride": 0},
         {"schema": None},
         {"schema": 99},
         {"preprocessing": "mean"},
     ],
 )
 def test_damaged_metadata_are_refused(change):
-    with pytest.raises(UserError, match=r"file\.onnx"):
+    damaged = "metadata schema" if change == {"schema": 99} else next(iter(change)) if "schema" not in change else "not"
+    with pytest.raises(UserError, match=rf"file\.onnx: .*{damaged}"):
         Metadata.from_json(json.dumps({**json.loads(GOOD.to_json()), **change}), "file.onnx")
 
 

@@ -166,7 +166,7 @@ def test_flags_reach_the_comparison(tmp_path: Path):
     assert compare.main([*argv, "--project", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "exp" / "compare.json").read_text())
     assert "AP_8-32" in content["A"] and content["settings"]["max_det"] == 400
-    assert content["settings"]["area_pixels"] == "network"
+    assert content["settings"]["area_pixels"] == "network" and content["settings"]["imgsz"] == [[160, 160]] * 2
 
 
 def test_pictures_that_cannot_be_shown_cost_nothing_else(tmp_path: Path, capsys):

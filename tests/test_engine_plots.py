@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.test_engine_coco_eval import empty, random_case
 from utils.engine.evaluation.coco_eval import TABLE, coco_metrics
-from utils.engine.evaluation.report import plain, shown, table
+from utils.engine.evaluation.report import plain, shown, table, write_confusion
 from utils.engine.figures import plots
 from utils.engine.figures.pictures import MAX_IMAGES, BatchPictures, draw_batch, draw_train_batch, mosaic, target_rows
 from utils.engine.speed import Speed, speed_line
@@ -34,10 +34,8 @@ def test_curves_and_confusion_are_drawn(case, tmp_path: Path):
     assert [p.name for p in paths] == ["PR_curve.png", "F1_curve.png", "P_curve.png", "R_curve.png"]
     matrix = confusion_matrix(truth.objects, found, truth.nc)
     paths += plots.plot_confusion(matrix, names, tmp_path)
-    for path in paths:
-        if path.suffix == ".png":
-            assert opened(path).width > 300
-    rows = list(csv.reader((tmp_path / "confusion_matrix.csv").read_text().splitlines()))
+    assert all(opened(path).width > 300 for path in paths)
+    rows = list(csv.reader(write_confusion(tmp_path, matrix, names).read_text().splitlines()))
     assert rows[0][-1] == "background" and np.array(rows[1:])[:, 1:].astype(int).tolist() == matrix.tolist()
 
 

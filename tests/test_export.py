@@ -1,6 +1,7 @@
 """export.py: files beside the checkpoint, verified; whatever goes wrong ends with a non-zero exit code and one line."""
 
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,7 +31,22 @@ def test_exports_are_written_beside_the_checkpoint_and_verified_on_drawn_scenes(
     assert export.main(["--weights", str(weights), "--include", "torchscript", *SIZE, "--images", "2"]) == 0
     out = capsys.readouterr().out
     assert weights.with_suffix(".torchscript").is_file()
-    assert "verified on bundled drawn scenes: largest difference" in out and "SPD into" in out
+    assert "verified on bundled drawn scenes at [1, 3, 64, 96]: largest difference" in out and "SPD into" in out
+
+
+def test_dynamic_files_are_verified_at_another_shape_too(weights, monkeypatch, capsys):
+    argv = ["--weights", str(weights), "--include", "torchscript", *SIZE, "--images", "2", "--dynamic"]
+    assert export.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "scenes at [1, 3, 64, 96]:" in out and "scenes at [2, 3, 48, 96]:" in out
+    honest = torchscript.export
+
+    def of_one_shape(job):
+        return honest(replace(job, metadata=replace(job.metadata, dynamic=None)))
+
+    monkeypatch.setattr(torchscript, "export", of_one_shape)
+    assert export.main(argv) == 1
+    assert "images of 48x96 given to a file exported for 64x96" in capsys.readouterr().err
 
 
 def test_python_call_with_data_prints_both_aps(weights, tmp_path, capsys):
@@ -98,6 +114,8 @@ def honest_copy(job):
         (["--batch-size", "0"], "expected 1 or more"),
         (["--source", "nowhere"], "no such file or folder"),
         (["--nms", "--conf", "2"], "expected thresholds within 0..1"),
+        (["--max-det", "5"], "--max-det is about the NMS inside the file; add --nms"),
+        (["--agnostic-nms"], "add --nms"),
         (["--include", "onix"], "invalid choice"),
         (["--dynamic", "width"], "invalid choice"),
         (["--simplify"], "always simplified"),
@@ -132,6 +150,11 @@ def test_flags_that_people_type():
         "fixed",
         ["onnx", "engine"],
     )
+
+
+def test_benchmark_keeps_to_the_formats_that_are_asked_for(weights, capsys):
+    rows = export.run(weights=weights, benchmark=True, include=["torchscript"], imgsz=[64, 96], images=1)
+    assert [r.format.name for r in rows] == ["pytorch", "torchscript"] and "ms/image" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -223,4 +246,4 @@ def test_without_tensorrt_the_onnx_is_there_and_the_error_says_so(weights, capsy
         pytest.skip("a machine with a GPU may build the engine")
     assert export.main(["--weights", str(weights), "--include", "engine", *SIZE]) == 1
     assert "TensorRT is not installed" in capsys.readouterr().err
-    assert weights.with_suffix(".onnx").is_file()
+    assert weights.with_name("best_engine.onnx").is_file() and not weights.with_suffix(".onnx").exists()

@@ -6,20 +6,20 @@ A predictor is a callable from images to raw predictions, whatever runs it. Dete
 
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeGuard, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from utils.core.errors import UserError
 
-T = TypeVar("T")
 SCHEMA = 1
 METADATA_KEY = "yolov5_spd"
 DYNAMIC_CHOICES = ("batch", "hw", "all")
 TASKS = ("detect", "classify")
+PRECISIONS = ("fp32", "fp16", "int8")
 DEFAULT_STRIDES = (8, 16, 32)
 DEFAULT_PREPROCESSING = {"color": "RGB", "layout": "NCHW", "range": [0.0, 1.0], "resize": "letterbox", "fill": 114}
 
@@ -36,7 +36,7 @@ class Metadata:
     channels: int = 3
     max_stride: int = 32  # sizes of images are multiples of it
     dynamic: str | None = None  # None, or one of DYNAMIC_CHOICES
-    precision: str = "fp32"  # fp32, fp16 or int8: of the weights; inputs and outputs are float32 in every file
+    precision: str = "fp32"  # one of PRECISIONS: of the weights; inputs and outputs are float32 in every file
     nms: dict[str, Any] | None = None  # None, or the settings of the NMS inside the graph
     preprocessing: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT_PREPROCESSING))
     version: str = ""
@@ -67,28 +67,45 @@ class Metadata:
             raise UserError(
                 f"{source}: metadata schema {data['schema']} is newer than this program's {SCHEMA}; update the program"
             )
-        names, imgsz, strides = data.get("names"), data.get("imgsz"), data.get("strides")
-        if (
-            not _list_of(names, str)
-            or not _list_of(imgsz, int)
-            or len(imgsz) != 2
-            or not _list_of(strides, int)
-            or data.get("task") not in TASKS
-            or data.get("dynamic") not in (None, *DYNAMIC_CHOICES)
-            or not isinstance(data.get("batch"), int)
-            or not isinstance(data.get("nms"), dict | None)
-            or not isinstance(data.get("preprocessing"), dict)
-        ):
-            raise UserError(
-                f"{source}: its metadata is damaged (names, imgsz, strides, task, batch); export the file again"
-            )
-        known = {k: v for k, v in data.items() if k in cls.__dataclass_fields__}
-        known.update(names=tuple(names), imgsz=tuple(imgsz), strides=tuple(strides))
+        known: dict[str, Any] = {
+            k: tuple(v) if k in LISTS and isinstance(v, list) else v for k, v in data.items() if k in FIELDS
+        }
+        damaged = [key for key, fine in FIELDS.items() if key not in known or not fine(known[key])]
+        if damaged:
+            raise UserError(f"{source}: its metadata is damaged ({', '.join(damaged)}); export the file again")
         return cls(**known)
 
 
-def _list_of(value: Any, kind: type[T]) -> TypeGuard[list[T]]:
-    return isinstance(value, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and all(map(_is_count, value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+LISTS = ("names", "imgsz", "strides")
+NMS_KEYS = {"conf_thres", "iou_thres", "max_det", "agnostic", "count"}
+FIELDS: dict[str, Callable[[Any], bool]] = {  # of the JSON object, and what each must be
+    "names": lambda v: isinstance(v, tuple) and bool(v) and all(map(_is_text, v)),
+    "imgsz": lambda v: _are_counts(v) and len(v) == 2,
+    "strides": _are_counts,
+    "task": lambda v: v in TASKS,
+    "batch": _is_count,
+    "channels": _is_count,
+    "max_stride": _is_count,
+    "dynamic": lambda v: v in (None, *DYNAMIC_CHOICES),
+    "precision": lambda v: v in PRECISIONS,
+    "nms": lambda v: v is None or isinstance(v, dict) and set(v) == NMS_KEYS,
+    "preprocessing": lambda v: isinstance(v, dict),
+    "version": _is_text,
+    "licence": _is_text,
+    "schema": _is_count,
+}
 
 
 def given_metadata(source: str, names: Sequence[str] | None, imgsz: int | Sequence[int] | None) -> Metadata:
@@ -201,6 +218,19 @@ class Predictor:
         """One run on gray images, so that lazy set-up does not count as latency."""
         h, w = self.imgsz or hw or self.metadata.imgsz
         self(torch.full((self.batch or batch, self.metadata.channels, h, w), 114 / 255, device=self.device))
+
+
+class ModulePredictor(Predictor):
+    """Runs a module that maps images to the outputs of a deployed file: TorchScript, or an exported program's."""
+
+    def __init__(self, module: torch.nn.Module, metadata: Metadata, device: torch.device):
+        super().__init__(metadata, device)
+        self.module = module
+
+    @torch.no_grad()
+    def infer(self, images: Tensor) -> Any:
+        outputs = self.module(images.to(self.device, torch.float32, non_blocking=True))
+        return rows_from_padded(*outputs) if self.end2end else outputs
 
 
 def rows_from_padded(boxes: Tensor, scores: Tensor, labels: Tensor) -> list[Tensor]:

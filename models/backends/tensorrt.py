@@ -32,7 +32,7 @@ def export(job: ExportJob) -> Path:
     """Writes the checked ONNX file beside the engine, then builds the engine from it."""
     if job.nms is not None and job.nms.count == "dynamic":
         raise UserError("--nms dynamic with an engine; TensorRT gives a fixed count here: use --nms fixed")
-    source = job.path.with_suffix(".onnx")
+    source = job.path.with_name(f"{job.path.stem}_engine.onnx")  # not the .onnx of --include onnx, whose int8 differs
     onnx_backend.export(replace(job, path=source), symmetric=True)
     LOGGER.info(f"TensorRT: {source} is built and checked")
     trt = _tensorrt(f"the engine can be built from {source} on a machine with a GPU and TensorRT")

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from models.backends.base import Metadata, Predictor, given_metadata, rows_from_padded
+from models.backends.base import Metadata, ModulePredictor, foreign_metadata
 from models.backends.graph import ExportJob
 from utils.core.errors import UserError
 from utils.core.files import atomic_write
@@ -51,19 +50,6 @@ def export(job: ExportJob) -> Path:
     return job.path
 
 
-class TorchExportPredictor(Predictor):
-    """Runs an exported program."""
-
-    def __init__(self, module: torch.nn.Module, metadata: Metadata, device: torch.device):
-        super().__init__(metadata, device)
-        self.module = module
-
-    @torch.no_grad()
-    def infer(self, images: Tensor) -> Any:
-        outputs = self.module(images.to(self.device, torch.float32, non_blocking=True))
-        return rows_from_padded(*outputs) if self.end2end else outputs
-
-
 def load(
     path: Path,
     *,
@@ -71,7 +57,7 @@ def load(
     names: Sequence[str] | None = None,
     imgsz: int | Sequence[int] | None = None,
     **_: Any,
-) -> TorchExportPredictor:
+) -> ModulePredictor:
     check_archive(path)
     import torchvision  # noqa: F401 - brings the NMS operation that a program may hold
     from torch.export.passes import move_to_device_pass
@@ -80,8 +66,25 @@ def load(
     program = torch.export.load(path, extra_files=extra)
     program = move_to_device_pass(program, device)
     text = extra[METADATA_FILE]
-    metadata = Metadata.from_json(text, str(path)) if text else given_metadata(str(path), names, imgsz)
-    return TorchExportPredictor(program.module(), metadata, device)
+    metadata = Metadata.from_json(text, str(path)) if text else _foreign(program, path, names, imgsz)
+    return ModulePredictor(program.module(), metadata, device)
+
+
+def _foreign(
+    program: torch.export.ExportedProgram,
+    path: Path,
+    names: Sequence[str] | None,
+    imgsz: int | Sequence[int] | None,
+) -> Metadata:
+    """Metadata for a file of another tool, from what the user gives and what the program says about its shapes."""
+    nodes = {node.name: node for node in program.graph.nodes}
+
+    def sizes(name: str) -> list[int | None]:
+        return [size if type(size) is int else None for size in nodes[name].meta["val"].shape]
+
+    signature = program.graph_signature
+    outputs = {name: sizes(name) for name in map(str, signature.user_outputs)}
+    return foreign_metadata(str(path), names, imgsz, sizes(str(next(iter(signature.user_inputs)))), outputs)
 
 
 def check_archive(path: Path) -> None:

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from models.backends.base import Metadata, Predictor, given_metadata, rows_from_padded
+from models.backends.base import Metadata, ModulePredictor, given_metadata
 from models.backends.graph import ExportJob
 from utils.core.errors import UserError
 from utils.core.files import atomic_write
@@ -28,19 +27,6 @@ def export(job: ExportJob) -> Path:
     return job.path
 
 
-class TorchScriptPredictor(Predictor):
-    """Runs a traced module."""
-
-    def __init__(self, module: torch.jit.ScriptModule, metadata: Metadata, device: torch.device):
-        super().__init__(metadata, device)
-        self.module = module
-
-    @torch.inference_mode()
-    def infer(self, images: Tensor) -> Any:
-        outputs = self.module(images.to(self.device, torch.float32, non_blocking=True))
-        return rows_from_padded(*outputs) if self.end2end else outputs
-
-
 def load(
     path: Path,
     *,
@@ -48,14 +34,22 @@ def load(
     names: Sequence[str] | None = None,
     imgsz: int | Sequence[int] | None = None,
     **_: Any,
-) -> TorchScriptPredictor:
+) -> ModulePredictor:
     extra = {METADATA_FILE: ""}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # the deprecation of TorchScript
         try:
             module = torch.jit.load(path, map_location=device, _extra_files=extra)
         except RuntimeError as e:
             raise UserError(f"{path}: not a readable TorchScript file ({str(e).splitlines()[0]})") from e
     text = extra[METADATA_FILE]
-    metadata = Metadata.from_json(text, str(path)) if text else given_metadata(str(path), names, imgsz)
-    return TorchScriptPredictor(module, metadata, device)
+    if text:
+        return ModulePredictor(module, Metadata.from_json(text, str(path)), device)
+    predictor = ModulePredictor(module, given_metadata(str(path), names, imgsz), device)
+    try:
+        predictor.warm_up()  # a trace does not say which sizes it takes
+    except RuntimeError as e:
+        height, width = predictor.metadata.imgsz
+        reason = str(e).strip().splitlines()[-1][:200]
+        raise UserError(f"{path}: does not run on images of {height}x{width} ({reason}); check --imgsz") from e
+    return predictor

@@ -46,7 +46,9 @@ class LabelOptions:
 class MetricOptions:
     """How detections are measured."""
 
-    max_det: int | None = option(None, "most detections per image; default: 300, or the last of --max-dets if larger")
+    max_det: int | None = option(
+        None, "most detections per image; default: 300, or the last of --max-dets if larger; 1000 with --task speed"
+    )
     iou_thrs: list[float] = option([], "IoU thresholds of AP; default 0.5 to 0.95 in steps of 0.05", nargs="+")
     max_dets: list[int] = option([1, 10, 100], "detections per image and class that AP and AR count", nargs="+")
     area_bins: list[float] = option([32.0, 96.0], "sides in pixels that separate small, medium and large", nargs="+")

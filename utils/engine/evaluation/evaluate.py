@@ -98,22 +98,24 @@ def _evaluate_pictures(
     labeled: bool,
     title: str,
 ) -> EvalResult:
-    """Image by image through the detector of detect.py, which slices; each rank takes every n-th image."""
+    """Through the detector of detect.py, which slices and takes any shape; each rank takes every n-th image."""
     if not len(index):
         raise UserError("there are no images to validate on; check the split's path in the data YAML")
     detector = Detector(predictor, predict_settings(plan, settings))
     mine = range(dist.rank, len(index), dist.world_size)
-    images = ((i, read_image(index.file(i))) for i in mine)
+    together = 1 if plan.slice_size else plan.batch_size  # the slices of an image are a batch already
     rows: list[tuple[int, np.ndarray]] = []
     examples: list[tuple[int, np.ndarray, np.ndarray]] = []
     limit = getattr(on_batch, "limit", 3) * PER_PICTURE
-    for i, image in _progress(ahead(images), len(mine), title, dist):
-        found = detector([image])[0].to_rows()
-        if settings.single_cls:
-            found[:, 5] = 0
-        rows.append((i, found))
-        if on_batch is not None and len(examples) < limit:
-            examples.append((i, image, found))
+    batches = ahead(_read(index, mine, together))
+    for numbers, images in _progress(batches, -(-len(mine) // together), title, dist):
+        for i, image, detections in zip(numbers, images, detector(images), strict=True):
+            found = detections.to_rows()
+            if settings.single_cls:
+                found[:, 5] = 0
+            rows.append((i, found))
+            if on_batch is not None and len(examples) < limit:
+                examples.append((i, image, found))
     if on_batch is not None:
         _show(examples, index, on_batch, dist)
     shards = dist.gather((rows, detector.speed))
@@ -134,6 +136,13 @@ def _evaluate_pictures(
     shared = dist.broadcast((result.metrics, result.speed_ms, result.shape) if result else None)
     assert shared is not None
     return result or EvalResult(shared[0], shared[1], {}, shared[2], np.zeros((0, 7), np.float32))
+
+
+def _read(index: LabelIndex, numbers: Sequence[int], together: int) -> Iterator[tuple[Sequence[int], list[np.ndarray]]]:
+    """The images of these numbers, `together` at a time."""
+    for start in range(0, len(numbers), together):
+        part = numbers[start : start + together]
+        yield part, [read_image(index.file(i)) for i in part]
 
 
 def predict_settings(plan: EvalPlan, settings: ValSettings) -> PredictSettings:

@@ -85,6 +85,17 @@ def write_per_class(folder: str | Path, metrics: Mapping[str, Any]) -> Path:
     return path
 
 
+def write_confusion(folder: str | Path, matrix: np.ndarray, names: Sequence[str]) -> Path:
+    """confusion_matrix.csv: the counts [nc + 1, nc + 1], row predicted, column true, `background` last."""
+    labels = [*names, "background"]
+    path = Path(folder) / "confusion_matrix.csv"
+    with atomic_write(path, "w") as file:
+        writer = csv.writer(file)
+        writer.writerow(["predicted \\ true", *labels])
+        writer.writerows([label, *row] for label, row in zip(labels, matrix.tolist(), strict=True))
+    return path
+
+
 def write_report(
     folder: str | Path, result: EvalResult, settings: Mapping[str, Any], names: Sequence[str], *, figures: bool = True
 ) -> None:
@@ -93,6 +104,8 @@ def write_report(
     if not result.metrics:
         return
     write_per_class(folder, result.metrics)
+    if result.confusion is not None:
+        write_confusion(folder, result.confusion, names)
     if figures and result.curves is not None and result.confusion is not None:
         key = f"AP{100 * result.curves.iou:g}"
         plot_curves(result.curves, names, [row.get(key, math.nan) for row in result.metrics["per_class"]], folder)

@@ -172,7 +172,7 @@ def _curve(
 
 
 def plot_confusion(matrix: np.ndarray, names: Sequence[str], folder: str | Path, note: str = "") -> list[Path]:
-    """Confusion counts [nc + 1, nc + 1] (row predicted, column true) -> two pictures and a CSV of the counts.
+    """Confusion counts [nc + 1, nc + 1] (row predicted, column true) -> a picture of the counts, one of the shares.
 
     The normalized picture divides each column by the number of its objects; the column `background` (detections on
     nothing) is divided by the number of false positives, so that its entries say of which classes they are.
@@ -181,16 +181,10 @@ def plot_confusion(matrix: np.ndarray, names: Sequence[str], folder: str | Path,
     labels = [*names, "background"]
     total = matrix.sum(0, keepdims=True)
     share = np.divide(matrix, total, out=np.zeros(matrix.shape), where=total > 0)
-    paths = [
+    return [
         _heat(matrix, labels, "counts" + note, folder / "confusion_matrix.png", "{:.0f}"),
         _heat(share, labels, "share of each column" + note, folder / "confusion_matrix_normalized.png", "{:.2f}"),
-        folder / "confusion_matrix.csv",
     ]
-    with atomic_write(paths[-1], "w") as file:
-        writer = csv.writer(file)
-        writer.writerow(["predicted \\ true", *labels])
-        writer.writerows([label, *row] for label, row in zip(labels, matrix.tolist(), strict=True))
-    return paths
 
 
 def _heat(values: np.ndarray, labels: Sequence[str], title: str, path: Path, form: str) -> Path:
