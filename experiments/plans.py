@@ -13,7 +13,8 @@ from utils.core.files import nearest
 from utils.core.yamls import load_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-KEYS = ("question", "data", "seeds", "train", "val", "vary", "models", "compare")
+KEYS = ("question", "data", "seeds", "train", "val", "vary", "models", "compare", "picture")
+FIGURES = ROOT / "docs" / "figures"
 FILES = "published.yaml"  # in the same folder, but no experiment
 
 
@@ -82,6 +83,11 @@ class Experiment:
     compare: tuple[tuple[str, str], ...] = ()
     vary: tuple[str, ...] = ()  # e.g. 160, 224, 320: what follows the @ in the names
     models: tuple[str, ...] = field(default=())
+    picture: bool = False  # the scene in which B is furthest ahead goes into the documentation: its data may be shown
+
+    @property
+    def picture_name(self) -> str:
+        return f"{self.name}_pair.jpg"
 
     def pairs(self) -> Iterator[tuple[str, str]]:
         """Names of the runs that are compared with each other."""
@@ -93,6 +99,12 @@ class Experiment:
 def data_root() -> Path:
     """Where the real data sets are: $YOLOV5_SPD_DATA, else ../shared/data beside the repository."""
     return Path(os.environ.get("YOLOV5_SPD_DATA") or ROOT.parent / "shared" / "data")
+
+
+def data_path(name: str) -> str:
+    """A data set as it stands in commands: a data YAML of the project, else one of the real data sets."""
+    own = ROOT / name
+    return relative(own if own.is_file() else data_root() / name)
 
 
 def relative(path: Path) -> str:
@@ -133,9 +145,9 @@ def load_experiment(path: Path) -> Experiment:
     values: list[Any] = next(iter(vary.values()), [])
     seeds: list[int] = data.get("seeds") or [0]
     runs = []
-    models: list[tuple[str, dict]] = list(data["models"].items())
-    for seed, value, (model, own) in ((s, v, m) for s in seeds for v in values or [None] for m in models):
-        train = {"data": relative(data_root() / data["data"]), **(data.get("train") or {}), **own}
+    variants: list[tuple[str, dict]] = list(data["models"].items())
+    for seed, value, (model, own) in ((s, v, m) for s in seeds for v in values or [None] for m in variants):
+        train = {"data": data_path(data["data"]), **(data.get("train") or {}), **own}
         name = model
         if value is not None:
             train[next(iter(vary))], name = value, f"{model}@{value}"
@@ -143,13 +155,14 @@ def load_experiment(path: Path) -> Experiment:
             train["weights"] = relative(data_root() / train["weights"])
         val = dict(data.get("val") or {})
         if "data" in val:
-            val["data"] = relative(data_root() / val["data"])
+            val["data"] = data_path(val["data"])
         runs.append(Run(path.stem, name, model, seed, train, val))
     compare = tuple((str(a), str(b)) for a, b in data.get("compare") or [])
     for model in itertools.chain(*compare):
         if model not in data["models"]:
             raise UserError(f"{path}: 'compare:' names '{model}'{nearest(model, data['models']) or ', not a model'}")
-    return Experiment(path.stem, data["question"], tuple(runs), compare, tuple(map(str, values)), tuple(data["models"]))
+    varied, models = tuple(map(str, values)), tuple(data["models"])
+    return Experiment(path.stem, data["question"], tuple(runs), compare, varied, models, bool(data.get("picture")))
 
 
 def all_experiments(paths: Sequence[str] = ()) -> list[Experiment]:

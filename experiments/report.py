@@ -14,7 +14,7 @@ from typing import Any
 from experiments import bench, figures, ledger
 from experiments.bench_tables import TABLES
 from experiments.figures import Row, numbers
-from experiments.plans import ROOT, Experiment, all_experiments, command
+from experiments.plans import FIGURES, ROOT, Experiment, all_experiments, command
 from utils.core.config import option, parse_config, run_cli
 from utils.core.errors import UserError
 from utils.core.files import atomic_write
@@ -24,6 +24,10 @@ from utils.core.yamls import load_yaml
 LATENCY = "ms/image"
 MEASURED_COSTS = {"images_per_second": "training images/s", "memory": "training MB", "ms": LATENCY}
 SPEED = ("train_step", "inference", "loader", "loader_memory", "index", "slices")  # benchmarks of the page's last table
+PAIR = """The scene in which {b} is furthest ahead of {a}: objects blue, right detections green, wrong ones red, missed
+objects yellow. `python -m experiments.run` puts it here from what `compare.py` draws.
+
+![where {b} finds what {a} misses](figures/{picture})"""
 PAGES = ("docs/results.md", "docs/conversion.md", "README.md")
 
 
@@ -149,6 +153,9 @@ def experiment_block(experiment: Experiment, record: Record, folder: Path) -> st
             figures.accuracy_against(plotted, drawn, folder / f"{experiment.name}_costs.png"),
         ]
         parts += [f"![{experiment.name}: {path.stem}](figures/{path.name})" for path in pictures]
+    if experiment.picture and (FIGURES / experiment.picture_name).is_file():
+        a, b = experiment.compare[0]
+        parts += [PAIR.format(a=a, b=b, picture=experiment.picture_name)]
     return "\n\n".join(part for part in (*parts, provenance([r for rows in runs.values() for r in rows])) if part)
 
 

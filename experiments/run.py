@@ -9,6 +9,7 @@ python -m experiments.run --smoke                           each run for one tin
 import contextlib
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import ledger
-from experiments.plans import ROOT, Experiment, Run, all_experiments, command, flags, relative
+from experiments.plans import FIGURES, ROOT, Experiment, Run, all_experiments, command, flags, relative
 from utils.core.config import option, parse_config, run_cli
 from utils.core.errors import UserError
 from utils.core.log import LOGGER
@@ -53,10 +54,11 @@ class Runner:
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.project = config, (ROOT / config.project)
-        self.results, self.differences = ledger.RESULTS, ledger.DIFFERENCES
+        self.results, self.differences, self.figures = ledger.RESULTS, ledger.DIFFERENCES, FIGURES
         if config.smoke:
             self.project = self.project / "smoke"
             self.results, self.differences = self.project / "results.csv", self.project / "differences.csv"
+            self.figures = self.project / "figures"
 
     def recorded(self) -> set[tuple[str, str, str]]:
         """Keys of the rows that exist."""
@@ -134,6 +136,10 @@ class Runner:
             args += ["--replicates", "20", "--pictures", "1", "--workers", "0", "--device", "cpu"]
         self.execute("compare.py", args, folder)
         found = json.loads((folder / "compare" / "compare.json").read_text(encoding="utf-8"))
+        shown = next((name for name in found["pictures"] if "_B_better_" in name), None)
+        if experiment.picture and shown and a.seed == min(run.seed for run in experiment.runs):
+            self.figures.mkdir(exist_ok=True)
+            shutil.copyfile(folder / "compare" / "pairs" / shown, self.figures / experiment.picture_name)
         for metric, interval in found["difference"].items():
             row = {
                 "experiment": experiment.name, "a": a.name, "b": b.name, "seed": a.seed, "metric": metric,
