@@ -58,11 +58,8 @@ def export(fmt, model, tmp_path, **options):
 
 def difference(model, predictor, images):
     """PyTorch's unfused network against a file."""
-    total = Difference()
     with torch.no_grad():
-        for expected, given in zip(model.predict(images), predictor(images), strict=True):
-            compared = compare_detections(expected, given, NMS) if predictor.end2end else compare_raw(expected, given)
-            total.add(compared)
+        total = compare(model.predict, predictor, [images])
     assert total.detections >= 3, "the test model finds too little to compare"
     return total
 

@@ -13,6 +13,13 @@ from utils.core.config import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {"utils.core": 0, "utils.ops": 1, "models": 2, "utils.data": 2, "utils.engine": 3, "models.backends": 3}
+ENGINE = (
+    "speed",
+    "options",
+    "figures",
+    "inference",
+    "evaluation",
+)  # each knows those before it, training and tasks all
 SCRIPTS = 4  # every top-level file, and the programs in benchmarks/ and experiments/
 ONLY_IN = {
     "torch.distributed": "utils/core/dist.py",
@@ -71,6 +78,12 @@ def inside(name: str, package: str) -> bool:
     return f"{name}.".startswith(f"{package}.")
 
 
+def engine_place(name: str) -> int:
+    """The place of a file or module of the engine in its order."""
+    part = re.split(r"[./]", name)[2]
+    return ENGINE.index(part) if part in ENGINE else len(ENGINE)
+
+
 def layer_problems(file: str, tree: ast.Module, scripts: set[str]) -> Iterator[str]:
     mine = room(file.removesuffix(".py").replace("/", "."))
     for name, line in imports(tree):
@@ -79,6 +92,8 @@ def layer_problems(file: str, tree: ast.Module, scripts: set[str]) -> Iterator[s
         other = room(name)
         if mine and other and other != mine and LAYERS[other] >= LAYERS[mine]:
             yield f"{file}:{line} {mine} (layer {LAYERS[mine]}) imports {name} (layer {LAYERS[other]})"
+        if mine == other == "utils.engine" and engine_place(name) > engine_place(file):
+            yield f"{file}:{line} imports {name}, which comes after it in the engine"
 
 
 def third_party_problems(file: str, tree: ast.Module) -> Iterator[str]:
@@ -128,6 +143,8 @@ def test_nothing_is_executed_from_data() -> None:
         ("utils/engine/x.py", "from models import backends"),
         ("models/backends/x.py", "import utils.engine.evaluation.validate"),
         ("utils/engine/x.py", "import train"),
+        ("utils/engine/figures/x.py", "from utils.engine.inference import predict"),
+        ("utils/engine/evaluation/x.py", "import utils.engine.training.ema"),
     ],
 )
 def test_layer_rule_bites(file: str, code: str) -> None:
