@@ -83,8 +83,8 @@ def evaluate(
 
 
 def _progress(items: Any, total: int, title: str, dist: Dist) -> Any:
-    """A live line on the main rank."""
-    return tqdm(items, total=total, desc=title, leave=False, disable=not dist.is_main, dynamic_ncols=True)
+    """A live line on the main rank, where there is a terminal."""
+    return tqdm(items, total=total, desc=title, leave=False, disable=not dist.is_main or None, dynamic_ncols=True)
 
 
 def _evaluate_pictures(
