@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from models.backends import Predictor, load_predictor
-from utils.core.config import config_dict, config_from_kwargs, option, parse_config, run_cli
+from utils.core.config import config_dict, config_from_kwargs, option, parse_config, refuse_changed, run_cli
 from utils.core.device import select_device
 from utils.core.dist import Dist
 from utils.core.errors import UserError
@@ -32,8 +32,28 @@ from utils.engine.evaluation.evaluate import EvalPlan, check_classes, evaluate
 from utils.engine.evaluation.report import write_json
 from utils.engine.evaluation.validate import ValSettings, detection_limit
 from utils.engine.inference.predict import check_bounds, combine, network_size
-from utils.engine.options import LabelOptions, MetricOptions, PredictorOptions, RunFolderOptions
+from utils.engine.options import LabelOptions, MetricOptions, PredictorOptions, RunFolderOptions, names_of
 from utils.ops.metrics import Found
+
+# The options that mean something with result files, and with classifiers.
+FOLDER, METRICS = names_of(RunFolderOptions), names_of(MetricOptions) - {"max_det"}
+PICTURES = {"conf", "pictures"}
+WITH_PREDICTIONS = (
+    FOLDER | METRICS | PICTURES | {"predictions", "annotations", "images", "labels", "replicates", "level", "seed"}
+)
+WITH_CLASSIFIERS = FOLDER | {
+    "weights",
+    "data",
+    "task",
+    "imgsz",
+    "batch_size",
+    "device",
+    "half",
+    "labels",
+    "workers",
+    "pictures",
+}
+NO_IMAGES = ("with --predictions", "with --predictions and without --images")
 
 
 @dataclass(frozen=True)
@@ -147,18 +167,18 @@ def labels_of(cfg: CompareConfig) -> list[str]:
 
 def check(cfg: CompareConfig) -> None:
     """UserError for options that cannot be, before any model runs."""
-    for_models = {"weights": cfg.weights, "max_det": cfg.max_det, "slice": cfg.slice, "augment": cfg.augment}
-    useless = for_models if cfg.predictions else {"annotations": cfg.annotations, "images": cfg.images}
-    for flag, value in useless.items():
-        if value:
-            where = "with --predictions; leave one of the two" if cfg.predictions else "without --predictions; leave it"
-            raise UserError(f"--{flag.replace('_', '-')} does nothing {where} out")
+    if cfg.predictions:
+        refuse_changed(cfg, WITH_PREDICTIONS if cfg.images else WITH_PREDICTIONS - PICTURES, NO_IMAGES[not cfg.images])
+    else:
+        refuse_changed(cfg, set(config_dict(cfg)) - {"annotations", "images"}, "without --predictions")
+    if cfg.overlap != CompareConfig.overlap and not cfg.slice:
+        raise UserError("--overlap is about the slices of --slice; give that too")
     if len(cfg.predictions or cfg.weights) != 2:
         count = len(cfg.predictions or cfg.weights)
         raise UserError(f"{count} files given; expected two with --weights A B (or --predictions A B)")
     if len(cfg.imgsz) > 2:
         raise UserError(f"--imgsz {' '.join(map(str, cfg.imgsz))}; expected one number, or height and width")
-    check_bounds(cfg, pictures=(0, math.inf), **({} if cfg.conf is None else {"conf": (0, 1)}))
+    check_bounds(cfg, pictures=(0, math.inf), seed=(0, math.inf), **({} if cfg.conf is None else {"conf": (0, 1)}))
     if cfg.replicates:
         check_bootstrap(cfg.replicates, cfg.level)
 
@@ -217,6 +237,7 @@ def compare(cfg: CompareConfig) -> CompareReport:
 
 def compare_classifiers(cfg: CompareConfig, spec: DataSpec, predictors: Sequence[Predictor]) -> CompareReport:
     """Two classifiers: accuracies, the images that only one of them gets right, and pictures of those."""
+    refuse_changed(cfg, WITH_CLASSIFIERS, "with classifiers")
     dist = Dist.single(predictors[0].device)
     results = []
     for predictor in predictors:

@@ -5,13 +5,13 @@ python val.py --predictions results.json --annotations instances.json
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from models.backends import load_predictor
-from utils.core.config import config_dict, config_from_kwargs, option, parse_config, run_cli
+from utils.core.config import config_dict, config_from_kwargs, option, parse_config, refuse_changed, run_cli
 from utils.core.device import describe, loader_workers
 from utils.core.dist import Dist
 from utils.core.errors import UserError
@@ -35,17 +35,31 @@ from utils.engine.evaluation.studies import latency, latency_table, study_line, 
 from utils.engine.evaluation.validate import EvalResult, ValSettings, detection_limit
 from utils.engine.figures.pictures import BatchPictures
 from utils.engine.inference.predict import Detector, PredictSettings, check_bounds, combine, network_size, size_step
-from utils.engine.options import NO_WEIGHTS, LabelOptions, MetricOptions, PredictorOptions, RunFolderOptions
+from utils.engine.options import (
+    NO_WEIGHTS,
+    LabelOptions,
+    MetricOptions,
+    PredictorOptions,
+    RunFolderOptions,
+    names_of,
+)
 from utils.engine.speed import STAGES, speed_line
 from utils.ops.metrics import confusion_matrix
 
 ONE_CLASS = "--single-cls: the ids in predictions.json are those of annotations.json beside it, which has the one class"
 TASKS = ("val", "test", "train", "speed", "study")
-# The options that mean something with --predictions.
-WITH_PREDICTIONS = {
-    "predictions", "annotations", "iou_thrs", "max_dets", "area_bins", "area_from", "area_pixels", "project", "name",
-    "exist_ok", "verbose", "noplots", "device",
-}  # fmt: skip
+# The options that mean something in each mode; --workers and --noplots never change what is measured.
+ALWAYS = names_of(RunFolderOptions) | {"workers", "noplots"}
+METRICS = names_of(MetricOptions) - {"max_det"}
+NMS = {"conf_thres", "iou_thres", "max_det", "agnostic_nms", "single_cls"}
+DETECTOR = ALWAYS | names_of(PredictorOptions, LabelOptions) | NMS | {"data", "task"}
+USED = {
+    "val": DETECTOR | METRICS | {"verbose", "rect", "save_txt", "save_conf", "save_json"},
+    "speed": DETECTOR | {"runs"},
+    "study": (DETECTOR | METRICS | {"sizes", "rect"}) - {"imgsz"},
+    "predictions": ALWAYS | METRICS | {"predictions", "annotations", "verbose"},
+    "classifier": ALWAYS | {"weights", "data", "task", "imgsz", "batch_size", "device", "half", "verbose"},
+}
 RETIRED = {
     "--save-hybrid": "use --save-txt; the labels are in the data set already, and mixing them in inflates AP",
     "--dnn": "ONNX files run on ONNX Runtime; just give the .onnx file to --weights",
@@ -109,7 +123,7 @@ def measure_predictions(cfg: ValConfig) -> ValReport:
     """--predictions and --annotations: no model, no images."""
     if not cfg.annotations:
         raise UserError("--predictions needs the ground truth: add --annotations INSTANCES.json")
-    refuse_changed(cfg, "--predictions", set(config_dict(cfg)) - WITH_PREDICTIONS)
+    refuse_changed(cfg, USED["predictions"], "with --predictions")
     settings = MetricSettings.from_options(cfg)
     truth = truth_from_coco(cfg.annotations, area_from=cfg.area_from, area_pixels=cfg.area_pixels)
     found = found_from_coco(cfg.predictions, truth)
@@ -127,14 +141,6 @@ def measure_predictions(cfg: ValConfig) -> ValReport:
     LOGGER.info(summary(metrics, settings.pr_iou))
     LOGGER.info(f"Results saved to {folder}")
     return ValReport(folder, metrics, {}, result)
-
-
-def refuse_changed(cfg: ValConfig, where: str, names: Iterable[str]) -> None:
-    """UserError for the first of these options that is not at its default where it would do nothing."""
-    defaults = config_dict(ValConfig())
-    for name in sorted(names):
-        if getattr(cfg, name) != defaults[name]:
-            raise UserError(f"--{name.replace('_', '-')} does nothing with {where}; leave one of the two out")
 
 
 def load_models(cfg: ValConfig, spec: DataSpec, dist: Dist) -> list[Any]:
@@ -243,6 +249,7 @@ def own_numbers(spec: DataSpec) -> str:
 
 def measure_classifier(cfg: ValConfig, spec: DataSpec, predictor: Any, dist: Dist) -> ValReport:
     """Top-1 and top-5 accuracy of an image classifier."""
+    refuse_changed(cfg, USED["classifier"], f"with a classifier, which '{cfg.weights[0]}' is")
     size = plan_for(cfg, predictor).imgsz[0]
     workers = loader_workers(cfg.workers, cfg.batch_size)
     result, index = validate_classifier(
@@ -317,9 +324,9 @@ def validate_with(cfg: ValConfig) -> ValReport:
         if not cfg.predictions:
             raise UserError("--annotations goes with --predictions RESULTS.json; with a model, use --data")
         return measure_predictions(cfg)
-    if cfg.task in ("speed", "study"):
-        idle = ("save_json", "save_txt", *(("imgsz",) if cfg.task == "study" else ()))
-        refuse_changed(cfg, f"--task {cfg.task}", idle)
+    if cfg.overlap != ValConfig.overlap and not cfg.slice:
+        raise UserError("--overlap is about the slices of --slice; give that too")
+    refuse_changed(cfg, USED.get(cfg.task, USED["val"]), f"with --task {cfg.task}")
     if cfg.save_conf and not cfg.save_txt:
         raise UserError("--save-conf adds the confidence to the files of --save-txt; give that too")
     if not cfg.sizes or min(cfg.sizes) < 1:

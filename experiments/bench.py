@@ -48,7 +48,7 @@ def measure(name: str) -> dict[str, Any] | None:
         LOGGER.warning(f"{name}: skipped, needs the data sets of experiments/ (set YOLOV5_SPD_DATA)")
         return None
     LOGGER.info(f"== {command(program(name), args)}")
-    lines = []
+    lines, commit = [], ledger.commit()
     with subprocess.Popen(
         [sys.executable, program(name), *args], cwd=ROOT, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -58,7 +58,8 @@ def measure(name: str) -> dict[str, Any] | None:
             lines.append(line)
     if process.returncode:
         raise UserError(f"{program(name)} ended with code {process.returncode}")
-    facts = {"commit": ledger.commit(), "finished": time.strftime("%Y-%m-%d %H:%M"), "hardware": ledger.hardware()}
+    device = "" if name == "slices" else "cpu"  # the others run on the CPU unless told otherwise
+    facts = {"commit": commit, "finished": time.strftime("%Y-%m-%d %H:%M"), "hardware": ledger.hardware(device)}
     facts |= {"software": ledger.software(), "command": command(program(name), args)}
     return {**json.loads(lines[-1]), "benchmark": name, **facts}
 

@@ -57,21 +57,25 @@ def shown(value: Any) -> str:
     return str(value)
 
 
+WRITTEN = ("experiments/*.csv", "experiments/*.jsonl", "docs", "README.md")  # by the experiments themselves
+
+
 def commit() -> str:
-    """The commit of the working tree, with + where it has changes."""
+    """The commit of the working tree, with + where it has changes beside the record and the pages made from it."""
 
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
     head = git("rev-parse", "--short=10", "HEAD")
-    return f"{head}{'+' if git('status', '--porcelain', '--untracked-files=no') else ''}" if head else "unknown"
+    changed = git("status", "--porcelain", "--", ".", *(f":!{path}" for path in WRITTEN))
+    return f"{head}{'+' if changed else ''}" if head else "unknown"
 
 
-def hardware() -> str:
-    """Processor and cores, and the GPU when torch uses one."""
+def hardware(device: str = "") -> str:
+    """What a run with this --device ran on: the GPU, else processor and cores."""
     import torch
 
-    if torch.cuda.is_available():
+    if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")

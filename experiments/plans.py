@@ -95,6 +95,17 @@ class Experiment:
             for suffix in [f"@{value}" for value in self.vary] or [""]:
                 yield f"{a}{suffix}", f"{b}{suffix}"
 
+    def missing_pairs(self, differences: Sequence[Mapping[str, str]]) -> list[str]:
+        """The comparisons that are not recorded, in words."""
+        done = {(row["experiment"], row["a"], row["b"], row["seed"]) for row in differences}
+        lines = []
+        for a, b in self.pairs():
+            seeds = dict.fromkeys(str(run.seed) for run in self.runs if run.name == a)
+            absent = [seed for seed in seeds if (self.name, a, b, seed) not in done]
+            if absent:
+                lines.append(f"the paired difference {b} − {a} (seed {', '.join(absent)})")
+        return lines
+
 
 def data_root() -> Path:
     """Where the real data sets are: $YOLOV5_SPD_DATA, else ../shared/data beside the repository."""
@@ -161,6 +172,9 @@ def load_experiment(path: Path) -> Experiment:
     for model in itertools.chain(*compare):
         if model not in data["models"]:
             raise UserError(f"{path}: 'compare:' names '{model}'{nearest(model, data['models']) or ', not a model'}")
+    sizes = {run.model: run.train.get("imgsz") for run in runs}
+    if "imgsz" not in vary and any(sizes[a] != sizes[b] for a, b in compare):
+        raise UserError(f"{path}: 'compare:' names networks of different 'imgsz'; pairs are measured at one size")
     varied, models = tuple(map(str, values)), tuple(data["models"])
     return Experiment(path.stem, data["question"], tuple(runs), compare, varied, models, bool(data.get("picture")))
 

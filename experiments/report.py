@@ -28,6 +28,12 @@ PAIR = """The scene in which {b} is furthest ahead of {a}: objects blue, right d
 objects yellow. `python -m experiments.run` puts it here from what `compare.py` draws.
 
 ![where {b} finds what {a} misses](figures/{picture})"""
+HEADLINES = {
+    "drawn_scenes": "drawn scenes, 160 px, from scratch",
+    "small_objects": "DeepPCB, 256 px, from scratch",
+    "small_objects_finetune": "DeepPCB, 256 px, from the official weights",
+}
+HEADLINE_RUNS = ("yolov5n", "yolov5-spd-n", "yolov5n-matched", "yolov5n-p2")
 PAGES = ("docs/results.md", "docs/conversion.md", "README.md")
 
 
@@ -121,10 +127,11 @@ def difference_table(experiment: Experiment, rows: Sequence[Row]) -> str:
             own = [row for row in rows if (row["a"], row["b"], row["metric"]) == (a, b, metric)]
             if own:
                 spans = "; ".join(f"{float(r['low']):+.3f} to {float(r['high']):+.3f}" for r in own if r["low"])
-                lines.append([f"{b} − {a}", metric, f"{statistics.fmean(numbers(own, 'difference')):+.3f}", spans])
+                middle = f"{statistics.fmean(numbers(own, 'difference')):+.3f}"
+                lines.append([f"{b} − {a}", metric, ", ".join(row["seed"] for row in own), middle, spans])
     if not lines:
         return "" if not experiment.compare else "Paired differences: not run."
-    return markdown(["difference", "metric", "mean over seeds", "95 % interval of each seed (paired bootstrap)"], lines)
+    return markdown(["difference", "metric", "seeds", "mean", "95 % interval of each seed (paired bootstrap)"], lines)
 
 
 def provenance(rows: Sequence[Row]) -> str:
@@ -164,7 +171,8 @@ def coco_table(results: Sequence[Row]) -> str:
     lines = []
     for name, published in load_yaml(ROOT / "experiments" / "published.yaml")["coco_val2017"].items():
         own = [row for row in results if row["experiment"] == "coco2017" and row["run"] == name]
-        mine = [mean_spread(own, m) if own else "not yet run" for m in ("AP", "AP_S")]
+        percent = [{m: str(100 * float(row[m])) for m in ("AP", "AP_S")} for row in own]
+        mine = [mean_spread(percent, m, 1) if own else "not yet run" for m in ("AP", "AP_S")]
         lines.append([name, f"{published['AP']}", f"{published['AP_S']}", f"{published['ms']}", *mine])
     return markdown(["model", "AP (paper)", "AP_S (paper)", "ms (paper)", "AP (here)", "AP_S (here)"], lines)
 
@@ -185,15 +193,10 @@ def benchmark_block(record: Record, *names: str) -> str:
 def missing_block(experiments: Sequence[Experiment], record: Record) -> str:
     """What is planned and not recorded, with the command that runs it."""
     done = {(row["experiment"], row["run"], row["seed"]) for row in record.results}
-    compared = {(row["experiment"], row["a"], row["b"], row["seed"]) for row in record.differences}
     lines = []
     for experiment in experiments:
         missing = [f"{run.name} (seed {run.seed})" for run in experiment.runs if run.key not in done]
-        for a, b in experiment.pairs():
-            seeds = dict.fromkeys(str(run.seed) for run in experiment.runs if run.name == a)
-            absent = [seed for seed in seeds if (experiment.name, a, b, seed) not in compared]
-            if absent:
-                missing.append(f"the paired difference {b} − {a} (seed {', '.join(absent)})")
+        missing += experiment.missing_pairs(record.differences)
         if missing:
             names = ", ".join(missing)
             call = command("-m experiments.run", [f"experiments/{experiment.name}.yaml"])
@@ -217,6 +220,17 @@ def model_table() -> str:
             lines.append([name, *costs, str(known.get("AP", "–")), str(known.get("AP_S", "–"))])
     head = ["model", "parameters", "GFLOPs", "MB kept in training, 1 image", "AP (published)", "AP_S (published)"]
     return markdown(head, lines)
+
+
+def headline_table(experiments: Sequence[Experiment], record: Record) -> str:
+    """The README's summary: AP of the networks that are compared, an experiment a row."""
+    lines = []
+    for experiment in experiments:
+        if experiment.name in HEADLINES:
+            runs = runs_of(experiment, record.results)
+            cells = [mean_spread(runs.get(name, []), "AP") for name in HEADLINE_RUNS]
+            lines.append([HEADLINES[experiment.name], *cells])
+    return markdown(["AP, mean ± deviation over seeds", *HEADLINE_RUNS], lines)
 
 
 def fill(page: str, blocks: Mapping[str, Callable[[], str]]) -> str:
@@ -251,8 +265,10 @@ def report(config: ReportConfig) -> list[Path]:
     results["speed"] = lambda: benchmark_block(record, *SPEED)
     results["missing"] = lambda: missing_block(experiments, record)
     blocks: list[Mapping[str, Callable[[], str]]] = [
-        results, {"architectures": lambda: benchmark_block(record, "architectures")}, {"models": model_table},
-    ]  # fmt: skip
+        results,
+        {"architectures": lambda: benchmark_block(record, "architectures")},
+        {"models": model_table, "headline": lambda: headline_table(experiments, record)},
+    ]
     pages = [root / page for page in PAGES]
     for path, own in zip(pages, blocks, strict=True):
         text = fill(path.read_text(encoding="utf-8"), own)

@@ -64,25 +64,35 @@ class Runner:
         """Keys of the rows that exist."""
         return {(row["experiment"], row["run"], row["seed"]) for row in ledger.read(self.results)}
 
-    def carry_out(self, run: Run) -> None:
-        """Train (or continue), validate, record."""
+    def make(self, run: Run) -> float:
+        """Train (or continue, or convert) a run's weights; the minutes of a whole training, else NaN."""
         folder = run.folder(self.project)
         folder.mkdir(parents=True, exist_ok=True)
-        (program, make_args), val_args = run.make(self.project), run.val_args(self.project)
-        last = folder / "train" / "weights" / "last.pt"
+        program, args = run.make(self.project)
+        last, note, asked = folder / "train" / "weights" / "last.pt", folder / "command.txt", command(program, args)
         begun = last.is_file() and not self.config.smoke
+        if begun and not (note.is_file() and note.read_text(encoding="utf-8") == asked):
+            raise UserError(f"{folder} was begun by another command than '{asked}'; move that folder away")
+        note.write_text(asked, encoding="utf-8")
         started = time.monotonic()
-        self.execute(program, ["--resume", relative(last)] if begun else make_args, folder)
+        self.execute(program, ["--resume", relative(last)] if begun else args, folder)
         trained = program == "train.py" and not begun  # a part is not the whole
-        minutes = (time.monotonic() - started) / 60 if trained else float("nan")
+        return (time.monotonic() - started) / 60 if trained else float("nan")
+
+    def carry_out(self, run: Run) -> None:
+        """Make the weights, validate, record."""
+        folder = run.folder(self.project)
+        (program, make_args), val_args = run.make(self.project), run.val_args(self.project)
+        commit = ledger.commit()
+        minutes = self.make(run)
         detector = not run.model.startswith("resnet")
         self.execute("val.py", [*val_args, *(["--save-json"] if detector else [])], folder)
         row = {
             "experiment": run.experiment, "run": run.name, "model": run.model, "seed": run.seed,
             "imgsz": run.train["imgsz"], "epochs": run.train["epochs"], "train_minutes": minutes,
             **self.metrics(folder), **self.size(run),
-            "commit": ledger.commit(), "finished": time.strftime("%Y-%m-%d %H:%M"),
-            "hardware": ledger.hardware(), "software": ledger.software(),
+            "commit": commit, "finished": time.strftime("%Y-%m-%d %H:%M"),
+            "hardware": ledger.hardware(run.train.get("device", "")), "software": ledger.software(),
             "command": " && ".join((command(program, make_args), command("val.py", val_args))),
         }  # fmt: skip
         ledger.append(self.results, ledger.RESULT_COLUMNS, row)
@@ -120,12 +130,16 @@ class Runner:
         return {"parameters": summary.parameters, "gflops": summary.gflops}
 
     def compare(self, experiment: Experiment, a: Run, b: Run) -> None:
-        """The paired bootstrap of two finished runs of one seed, one row per metric."""
+        """The paired bootstrap of two recorded runs of one seed, one row per metric."""
         rows = ledger.read(self.differences)
         if any(
             (r["experiment"], r["a"], r["b"], r["seed"]) == (experiment.name, a.name, b.name, str(a.seed)) for r in rows
         ):
             return
+        for run in (a, b):
+            if not run.best(self.project).is_file():
+                LOGGER.info(f"  {run.name} seed {run.seed}: its weights are gone; made again for the comparison")
+                self.make(run)
         weights = [relative(run.best(self.project)) for run in (a, b)]
         folder = self.project / experiment.name / f"{a.name}-{b.name}-s{a.seed}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -178,17 +192,17 @@ def wanted(config: RunConfig, run: Run) -> bool:
 
 def run_all(config: RunConfig) -> list[str]:
     """Carry out what is missing; returns what failed."""
-    runner, failures = Runner(config), []
+    runner, failures, any_chosen = Runner(config), [], False
     for experiment in all_experiments(config.files):
         if config.smoke:
             experiment = smoke_version(experiment, runner.project)
         chosen = [run for run in experiment.runs if wanted(config, run)]
-        done = runner.recorded()
+        done, any_chosen = runner.recorded(), any_chosen or bool(chosen)
         missing = [run for run in chosen if run.key not in done]
         LOGGER.info(f"{experiment.name}: {len(chosen) - len(missing)} of {len(chosen)} runs recorded")
         for run in missing:
             if config.list:
-                LOGGER.info(f"  missing: {run.name} seed {run.seed}")
+                LOGGER.info(f"  missing: {run.name} (seed {run.seed})")
                 continue
             LOGGER.info(f"  {run.name} seed {run.seed}: {command(*run.make(runner.project))}")
             try:
@@ -198,6 +212,11 @@ def run_all(config: RunConfig) -> list[str]:
                 LOGGER.warning(f"  failed: {error}")
         if not config.list:
             failures += compare_all(runner, experiment, chosen)
+            continue
+        for line in experiment.missing_pairs(ledger.read(runner.differences)):
+            LOGGER.info(f"  missing: {line}")
+    if not any_chosen:
+        raise UserError(f"no run has '{config.only}' in its name and one of these seeds; --list shows what there is")
     return failures
 
 

@@ -135,6 +135,13 @@ def test_two_models_side_by_side(tmp_path: Path, capsys):
         ({"weights": ["a", "b"], "conf": 7.0}, "--conf 7"),
         ({"weights": ["a", "b"], "pictures": -1}, "--pictures -1"),
         ({"weights": ["a", "b"], "level": 2.0}, "level 2"),
+        ({"weights": ["a", "b"], "seed": -1}, "--seed -1"),
+        ({"weights": ["a", "b"], "overlap": 0.5}, "--overlap is about the slices"),
+        ({"predictions": ["a", "b"], "annotations": "t.json", "device": "cpu"}, "--device does nothing with --predict"),
+        (
+            {"predictions": ["a", "b"], "annotations": "t.json", "conf": 0.4},
+            "--conf does nothing with --predictions and",
+        ),
     ],
 )
 def test_mistakes_are_one_line(flags: dict, words: str):

@@ -198,6 +198,7 @@ def test_results_travel_through_cocos_format_under_own_ids(tmp_path: Path):
         ({"image_id": 1, "category_id": 1, "segmentation": []}, "bbox"),
         ("text", "entry 0"),
         ({"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": math.nan}, "entry 0 has score nan"),
+        ({"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 90}, "entry 0 has score 90, .* from 0 to 1"),
         ({"image_id": [1], "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}, r"entry 0 has image_id \[1\]"),
         ({"image_id": 1, "category_id": [1], "bbox": [0, 0, 1, 1], "score": 1}, r"entry 0 has category_id \[1\]"),
         ({"image_id": 1, "category_id": 1, "bbox": [0, math.nan, 1, 1], "score": 1}, "entry 0 has bbox .*nan"),

@@ -3,13 +3,14 @@
 import csv
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from experiments import bench, ledger, report, run
 from experiments.bench_tables import TABLES
-from experiments.plans import all_experiments, flags, load_experiment
+from experiments.plans import Experiment, all_experiments, flags, load_experiment
 from utils.core.errors import UserError
 
 
@@ -79,11 +80,46 @@ def test_no_epochs_measure_weights_as_they_convert(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("more", "told"),
-    [("colour: red", "unknown key"), ("compare: [[a, c]]", "names 'c'"), ("vary: {a: [1], b: [2]}", "one option")],
+    [
+        ("colour: red", "unknown key"),
+        ("compare: [[a, c]]", "names 'c'"),
+        ("vary: {a: [1], b: [2]}", "one option"),
+        ("compare: [[a, b]]", "different 'imgsz'"),
+    ],
 )
 def test_bad_files_are_refused(tmp_path: Path, more: str, told: str) -> None:
+    text = MINIMAL.replace("{cfg: b.yaml}", "{cfg: b.yaml, imgsz: 96}")
     with pytest.raises(UserError, match=told):
-        load_experiment(write(tmp_path / "x.yaml", MINIMAL + more))
+        load_experiment(write(tmp_path / "x.yaml", text + more))
+
+
+def test_a_run_that_another_command_began_is_not_continued(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    (plan,) = load_experiment(write(tmp_path / "x.yaml", MINIMAL)).runs[:1]
+    runner = run.Runner(run.RunConfig())
+    executed: list = []
+    monkeypatch.setattr(runner, "execute", lambda program, args, folder: executed.append(list(args)))
+    runner.make(plan)
+    last = plan.folder(runner.project) / "train" / "weights" / "last.pt"
+    last.parent.mkdir(parents=True)
+    last.touch()
+    runner.make(plan)
+    assert executed[1][0] == "--resume" and executed[0][0] != "--resume"
+    with pytest.raises(UserError, match="begun by another command"):
+        runner.make(replace(plan, train={**plan.train, "epochs": 5}))
+
+
+def test_what_is_missing_is_listed_and_typos_are_told(capsys, root: Path) -> None:
+    plan = str(root / "experiments" / "small_objects.yaml")
+    assert run.main([plan, "--list"]) == 0
+    with pytest.raises(UserError, match="no run has 'yolov8' in its name"):
+        run.main([plan, "--list", "--only", "yolov8"])
+
+
+def test_missing_pairs(tmp_path: Path) -> None:
+    experiment = load_experiment(write(tmp_path / "x.yaml", MINIMAL + "seeds: [0, 1]\ncompare: [[a, b]]\n"))
+    recorded = [{"experiment": "x", "a": "a", "b": "b", "seed": "0"}]
+    assert experiment.missing_pairs(recorded) == ["the paired difference b − a (seed 1)"]
 
 
 def test_flags() -> None:
@@ -157,7 +193,6 @@ def smoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *args: str) -> list[d
     return ledger.read(tmp_path / "smoke" / "results.csv")
 
 
-@pytest.mark.slow
 def test_smoke_run_is_recorded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, root: Path) -> None:
     args = [str(root / "experiments" / "low_resolution.yaml"), "--only", "yolov5n@160"]
     (found,) = smoke(monkeypatch, tmp_path, *args)
@@ -167,13 +202,23 @@ def test_smoke_run_is_recorded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert smoke(monkeypatch, tmp_path, *args) == [found], "a recorded run is not run again"
 
 
-@pytest.mark.slow
-def test_smoke_of_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    rows = smoke(monkeypatch, tmp_path)
-    expected = {one.key[:2] for experiment in all_experiments() for one in experiment.runs}
-    assert {(found["experiment"], found["run"]) for found in rows} == expected
+@pytest.mark.parametrize("experiment", all_experiments(), ids=lambda experiment: experiment.name)
+def test_smoke_of_each(experiment: Experiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, root: Path) -> None:
+    rows = smoke(monkeypatch, tmp_path, str(root / "experiments" / f"{experiment.name}.yaml"))
+    assert {found["run"] for found in rows} == {one.name for one in experiment.runs}
     pairs = {(one["a"], one["b"]) for one in ledger.read(tmp_path / "smoke" / "differences.csv")}
-    assert ("yolov5n", "yolov5-spd-n") in pairs
+    assert pairs == set(experiment.pairs())
+
+
+def test_weights_that_are_gone_are_made_again_for_a_comparison(monkeypatch, tmp_path: Path) -> None:
+    text = "{imgsz: 64, epochs: 1}\nmodels: {a: {cfg: models/yolov5n.yaml}, b: {cfg: models/yolov5n.yaml}}\n"
+    plan = write(tmp_path / "two.yaml", f"question: Which?\ndata: d.yaml\ntrain: {text}compare: [[a, b]]\n")
+    rows = smoke(monkeypatch, tmp_path, str(plan))
+    differences = tmp_path / "smoke" / "differences.csv"
+    assert len(rows) == 2 and differences.is_file()
+    differences.unlink()
+    (tmp_path / "smoke" / "two" / "a-s0" / "train" / "weights" / "best.pt").unlink()
+    assert smoke(monkeypatch, tmp_path, str(plan)) == rows and ledger.read(differences)
 
 
 # ------------------------------------------------------------------------------------------------- benchmarks

@@ -214,6 +214,10 @@ def test_the_limit_of_nms_lets_through_what_is_counted(options: dict, limit: int
         ({"weights": [], "predictions": "a", "annotations": "b", "single_cls": True}, "--single-cls does nothing"),
         ({"weights": [], "predictions": "a", "annotations": "b", "task": "speed"}, "--task does nothing"),
         ({"task": "study", "imgsz": [64]}, "--imgsz does nothing with --task study"),
+        ({"sizes": [64]}, "--sizes does nothing with --task val"),
+        ({"overlap": 0.5}, "--overlap is about the slices of --slice"),
+        ({"task": "speed", "area_bins": [8.0]}, "--area-bins does nothing with --task speed"),
+        ({"device": "cpu", "predictions": "a", "annotations": "b"}, "--device does nothing with --predictions"),
         ({"save_conf": True}, "--save-conf adds the confidence to the files of --save-txt"),
         ({"task": "study", "sizes": [64, -5]}, "--sizes 64 -5"),
         ({"annotations": "a.json"}, "--predictions"),
@@ -261,6 +265,8 @@ def test_a_classifier_is_measured_too(tmp_path: Path, monkeypatch):
     assert report.metrics["top1"] == 1.0 and (report.save_dir / "metrics.json").exists()
     with pytest.raises(UserError, match="classifier"):
         val.run(weights="x.pt", data=tmp_path / "data", task="speed", project=tmp_path, **QUIET)
+    with pytest.raises(UserError, match="--save-json does nothing with a classifier, which 'x.pt' is"):
+        val.run(weights="x.pt", data=tmp_path / "data", save_json=True, project=tmp_path, **QUIET)
     monkeypatch.setattr(val, "load_predictor", lambda path, **_: finder if path == "x.pt" else SquareFinder())
     with pytest.raises(UserError, match="'x.pt' is a classifier"):
         val.run(weights=["detector.pt", "x.pt"], data=tmp_path / "data", project=tmp_path, **QUIET)

@@ -5,7 +5,7 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -175,6 +175,14 @@ def config_dict(config: Any) -> dict[str, Any]:
     return {
         key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()
     }
+
+
+def refuse_changed(config: Any, allowed: Collection[str], where: str) -> None:
+    """UserError for the first option beside `allowed` that is not at its default: it would do nothing `where`."""
+    values, defaults = config_dict(config), config_dict(type(config)())
+    for name in sorted(set(values) - set(allowed)):
+        if values[name] != defaults[name]:
+            raise UserError(f"--{name.replace('_', '-')} does nothing {where}; leave one of the two out")
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:

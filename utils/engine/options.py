@@ -1,11 +1,16 @@
 """Groups of options that several verbs share, each declared once; a verb's config inherits them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from utils.core.config import option
 from utils.data.labels import POLICIES
 
 NO_WEIGHTS = "no --weights given; train.py writes runs/train/exp/weights/best.pt (no weights are shipped)"
+
+
+def names_of(*groups: type) -> frozenset[str]:
+    """The options of these groups."""
+    return frozenset(field.name for group in groups for field in fields(group))
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ def truth_from_coco(path: str | Path, *, area_from: str = "annotation", area_pix
         return image, cls, x, y, w, h, area, bool(a.get("iscrowd", 0))
 
     table = np.array(_each(path, "annotation", data["annotations"], row), np.float64).reshape(-1, 8)
+    if not len(table):
+        raise UserError(f"'{path}' has no annotations; there is nothing to measure by")
     table = table[np.argsort(table[:, 0], kind="stable")]
     objects = Objects(
         table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2:6], table[:, 6], table[:, 7] > 0
@@ -78,7 +80,7 @@ def _id(record: dict, key: str) -> Any:
     value = record[key]
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if not (isinstance(value, str) or (whole and -INT64 <= value < INT64)):
-        raise ValueError(f"has {key} {str(value)[:60]}, which is neither a whole number nor text")
+        raise ValueError(f"has {key} {str(value)[:60]}, which is neither text nor a whole number of 64 bits")
     return value
 
 
@@ -95,6 +97,16 @@ def _finite(value: Any, what: str) -> float:
     if not is_number(value):
         raise ValueError(f"has {what} {str(value)[:60]}, which is not a finite number")
     return float(value)
+
+
+def _score(value: Any) -> float:
+    """A confidence: P, R, F1 and the confusion matrix are read at confidences from 0 to 1."""
+    score = _finite(value, "score")
+    if not 0 <= score <= 1:
+        raise ValueError(
+            f"has score {score:g}, which is not from 0 to 1; scale the scores (AP depends on their order only)"
+        )
+    return score
 
 
 def _box(value: Any) -> list[float]:
@@ -125,7 +137,7 @@ def found_from_coco(path: str | Path, truth: Truth) -> Found:
 
     def row(entry: dict) -> tuple[float, ...]:
         image, cls = _known(number, entry, "image_id"), class_of.get(_id(entry, "category_id"), -1)
-        return image, cls, *_box(entry["bbox"]), _finite(entry["score"], "score")
+        return image, cls, *_box(entry["bbox"]), _score(entry["score"])
 
     table = np.array(_each(path, "prediction", data, row), np.float64).reshape(-1, 7)
     unknown = int((table[:, 1] < 0).sum())
@@ -175,7 +187,8 @@ def coco_annotations(truth: Truth, file_names: Sequence[str]) -> dict[str, Any]:
 
 
 def ids_from_names(stems: Sequence[str]) -> tuple[int, ...]:
-    """Image ids without an annotation file: the file names where these are different numbers, else 0, 1, ..."""
+    """Image ids without an annotation file: the file names where these are different 64-bit numbers, else 0, 1, ..."""
     numeric = all(stem.isascii() and stem.isdigit() for stem in stems)
     ids = tuple(int(stem) for stem in stems) if numeric else ()
-    return ids if ids and len(set(ids)) == len(ids) else tuple(range(len(stems)))
+    usable = ids and len(set(ids)) == len(ids) and max(ids) < INT64
+    return ids if usable else tuple(range(len(stems)))

@@ -199,8 +199,8 @@ def comparison_table(
         a, b = (numbers[key] for numbers in metrics)
         difference = "-" if np.isnan(a) or np.isnan(b) else f"{b - a:+.3f}"
         line = f"{key:>8}{shown(a):>{width}}{shown(b):>{width}}{difference:>9}"
-        if key in intervals:
-            i = intervals[key]
+        i = intervals.get(key)
+        if i is not None and not np.isnan(i.difference):
             clear = "beyond chance" if i.clear else "within chance"
             line += f"  {100 * i.level:g} % [{i.low:+.3f}, {i.high:+.3f}], {clear}"
         lines.append(line)
