@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from models.backends import Predictor, load_predictor
-from utils.core.config import config_from_kwargs, option, parse_config, run_cli
+from utils.core.config import config_dict, config_from_kwargs, option, parse_config, refuse_changed, run_cli
 from utils.core.device import describe, select_device
 from utils.core.errors import UserError
 from utils.core.files import increment_path
@@ -91,6 +91,8 @@ def detect(cfg: DetectConfig) -> DetectReport:
         raise UserError(f"--line-thickness {cfg.line_thickness}; expected 1 or more")
     if cfg.save_conf and not cfg.save_txt:
         raise UserError("--save-conf adds the confidence to the files of --save-txt; give that too")
+    if cfg.overlap != DetectConfig.overlap and not cfg.slice:
+        raise UserError("--overlap is about the slices of --slice; give that too")
     if cfg.view_img:
         require_gui()
     tracking = Tracking(cfg.track, cfg.conf_thres) if cfg.track else None
@@ -135,6 +137,9 @@ def build_runner(cfg: DetectConfig) -> Runner:
 
 def detector(cfg: DetectConfig, predictors: list[Predictor]) -> Detector:
     """Detection with all that the flags ask for."""
+    if any(predictor.end2end for predictor in predictors):
+        useless = {"iou_thres", "agnostic_nms"}
+        refuse_changed(cfg, set(config_dict(cfg)) - useless, "with a file that has its NMS inside")
     settings = PredictSettings(
         imgsz=tuple(cfg.imgsz) or predictors[0].imgsz or predictors[0].metadata.imgsz,
         conf_thres=cfg.conf_thres,
@@ -151,8 +156,9 @@ def detector(cfg: DetectConfig, predictors: list[Predictor]) -> Detector:
 
 def classifier(cfg: DetectConfig, predictors: list[Predictor]) -> PictureClassifier:
     """The likeliest classes of whole pictures; flags that are about boxes are refused."""
-    about_boxes = ("save_crop", "track", "slice", "augment", "classes")
-    given = next((flag for flag in about_boxes if getattr(cfg, flag)), None)
+    about_boxes = ("save_crop", "track", "slice", "augment", "classes", "conf_thres", "iou_thres", "max_det",
+                   "agnostic_nms")  # fmt: skip
+    given = next((flag for flag in about_boxes if getattr(cfg, flag) != getattr(DetectConfig(), flag)), None)
     if given or len(predictors) > 1:
         what = f"--{given.replace('_', '-')}" if given else "an ensemble"
         file = next(w for w, p in zip(cfg.weights, predictors, strict=True) if p.task == "classify")

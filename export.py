@@ -21,7 +21,7 @@ from models.backends.pytorch import PyTorchPredictor
 from models.backends.verify import TOLERANCES, Difference, compare, milliseconds
 from models.fusion import fuse
 from models.weights import LoadedModel, load_model
-from utils.core.config import config_from_kwargs, option, parse_config, run_cli
+from utils.core.config import config_dict, config_from_kwargs, option, parse_config, refuse_changed, run_cli
 from utils.core.device import select_device
 from utils.core.dist import Dist
 from utils.core.errors import UserError
@@ -161,8 +161,8 @@ class Export:
             LOGGER.info(f"{fmt.title}: {done.path} ({done.size_mb:.1f} MB), {self._shapes()}")
             if self.cfg.verify:
                 self._verify(done)
-        except UserError as error:
-            done.failure = str(error)
+        except (UserError, OSError, RuntimeError, ValueError) as error:  # the exporters' own are among these
+            done.failure = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {str(error)[:300]}"
         return done
 
     def _job(self, path: Path) -> ExportJob:
@@ -355,6 +355,12 @@ def export_with(cfg: ExportConfig) -> list[Exported]:
         raise UserError(NO_WEIGHTS)
     if cfg.benchmark and not cfg.verify:
         raise UserError("--benchmark measures what it verifies; leave --no-verify out")
+    kinds = cfg.include or (exportable() if cfg.benchmark else ["onnx"])
+    idle = {"opset"} if not {*kinds} & {"onnx", "openvino", "engine"} else set()
+    idle |= {"workspace"} if "engine" not in kinds else set()
+    refuse_changed(cfg, set(config_dict(cfg)) - idle, f"with --include {' '.join(kinds)}")
+    if cfg.calibration_images != ExportConfig.calibration_images and not cfg.int8:
+        raise UserError("--calibration-images is about --int8; give that too")
     if cfg.images < 1 or cfg.calibration_images < 1:
         raise UserError("--images and --calibration-images need at least 1")
     export = Export(cfg)

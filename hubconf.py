@@ -44,13 +44,13 @@ class Model:
         self.iou = 0.45
         self.agnostic = False
         self.multi_label = False
-        self.classes: Sequence[int] | None = None
+        self.classes: Sequence[int] | int | None = None
         self.max_det = 1000
 
     def __call__(
         self,
         ims: Any,
-        size: int | tuple[int, int] | None = None,
+        size: int | Sequence[int] | None = None,
         augment: bool = False,
         *,
         batch_size: int = 8,
@@ -64,7 +64,7 @@ class Model:
         by default what the model was trained for.
         """
         images, files = load_pictures(ims)
-        imgsz = (size, size) if isinstance(size, int) else tuple(size or ())
+        imgsz = network_sides(size)
         if self.predictor.task == "classify":
             return PictureClassifier(self.predictor, imgsz, batch_size)(images)
         settings = PredictSettings(
@@ -72,7 +72,7 @@ class Model:
             conf_thres=self.conf,
             iou_thres=self.iou,
             max_det=self.max_det,
-            classes=None if self.classes is None else tuple(self.classes),
+            classes=None if self.classes is None else tuple(np.atleast_1d(self.classes).tolist()),
             agnostic=self.agnostic,
             multi_label=self.multi_label,
             batch_size=batch_size,
@@ -85,6 +85,16 @@ class Model:
 
     def __repr__(self) -> str:
         return f"<Model with {len(self.names)} classes on {self.predictor.device}>"
+
+
+def network_sides(size: Any) -> tuple[int, ...]:
+    """`size` as height and width; nothing where it is not given."""
+    if size is None:
+        return ()
+    sides = np.atleast_1d(np.asarray(size))
+    if sides.ndim != 1 or len(sides) > 2 or sides.dtype.kind not in "iu":
+        raise UserError(f"size={size!r}; expected a whole number of pixels, or (height, width)")
+    return int(sides[0]), int(sides[-1])
 
 
 def load_pictures(ims: Any) -> tuple[list[np.ndarray], list[str]]:
@@ -116,6 +126,8 @@ def picture(item: Any) -> np.ndarray:
             raise UserError(f"a picture is given as {type(item).__name__}; expected a path, array, PIL image or tensor")
         from PIL import ImageOps
 
+        if item.mode[0] in "IF":
+            raise UserError(f"a picture is a PIL image of mode {item.mode}; expected 8 bits a channel, or its path")
         item = np.asarray(ImageOps.exif_transpose(item).convert("RGB"))
     if item.ndim == 2:
         item = np.repeat(item[..., None], 3, 2)
@@ -131,6 +143,9 @@ def _tensor_picture(item: torch.Tensor) -> np.ndarray:
     """A tensor [C, H, W] as array; floats count as 0..1."""
     item = item.detach().cpu()
     if item.is_floating_point():
+        if not (item.isfinite().all() and item.min() >= -0.01 and item.max() <= 1.01):
+            low, high = item.min().item(), item.max().item()
+            raise UserError(f"a picture is a float tensor of values {low:g} to {high:g}; expected 0 to 1, or uint8")
         item = (item.float().clamp(0, 1) * 255).round().to(torch.uint8)
     array = item.numpy()
     return array.transpose(1, 2, 0) if array.ndim == 3 and array.shape[0] in (1, 3, 4) else array

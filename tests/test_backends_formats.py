@@ -1,6 +1,8 @@
 """Every format gives PyTorch's boxes: fixed and dynamic, half, int8, with NMS inside; metadata come back."""
 
 import importlib
+import io
+import warnings
 import zipfile
 from dataclasses import replace
 from unittest.mock import MagicMock
@@ -242,6 +244,7 @@ def repacked(path, target, change):
         ("data/constants/opaque_obj_0", lambda d: b"cos\nsystem\n(S'true'\ntR."),
         ("data/aotinductor/model/wrapper.so", lambda d: b"\x7fELF"),
         ("data/sample_inputs/model.pt", lambda d: b"cos\nsystem\n(S'true'\ntR."),
+        ("models/model.json", lambda d: d.replace(b"builtins.tuple", b"collections.defaultdict")),
     ],
 )
 def test_an_exported_program_that_could_run_code_is_refused(change, model, tmp_path, program):
@@ -249,6 +252,50 @@ def test_an_exported_program_that_could_run_code_is_refused(change, model, tmp_p
     repacked(program, target, change)
     with pytest.raises(UserError, match=r"evil\.pt2"):
         load_predictor(target)
+
+
+def test_what_torch_reads_is_what_was_checked(program, tmp_path, monkeypatch):
+    """An archive with an entry twice, which readers resolve differently, is refused; torch gets a copy of our own."""
+    target = tmp_path / "evil.pt2"
+    with zipfile.ZipFile(program) as old, zipfile.ZipFile(target, "w") as new, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the name that is there twice
+        for entry in old.namelist():
+            for data in (
+                (b"cos\nsystem\n(S'true'\ntR.", old.read(entry)) if "sample_inputs" in entry else (old.read(entry),)
+            ):
+                new.writestr(entry, data)
+    with pytest.raises(UserError, match=r"evil\.pt2: holds entries twice"):
+        load_predictor(target)
+    read = []
+    monkeypatch.setattr(torch.export, "load", lambda file, **_: read.append(file) or 1 / 0)
+    with pytest.raises(UserError, match="cannot read this program"):
+        load_predictor(program)
+    assert isinstance(read[0], io.BytesIO)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "kind", "words"),
+    [
+        ("flat", [2, 3], "FLOAT", r"input of shape \[2, 3\]"),
+        ("last", [1, 64, 64, 3], "FLOAT", r"expected images \[batch, 3, height, width\]"),
+        ("bytes", [1, 3, 64, 64], "UINT8", r"tensor\(uint8\); expected one tensor of images"),
+    ],
+)
+def test_a_graph_that_takes_no_images_is_refused(name, shape, kind, words, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    ends = [onnx.helper.make_tensor_value_info(x, getattr(onnx.TensorProto, kind), shape) for x in ("a", "b")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["a"], ["b"])], "x", ends[:1], ends[1:])
+    opset = [onnx.helper.make_opsetid("", 18)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), tmp_path / f"{name}.onnx")
+    with pytest.raises(UserError, match=words):
+        load_predictor(tmp_path / f"{name}.onnx", names=NAMES, imgsz=64)
+
+
+@pytest.mark.parametrize("name", ["best.pt2", "best.torchscript", "best.onnx", "best.pt"])
+def test_a_folder_is_no_file(name, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="is a file, this is none"):
+        load_predictor(tmp_path / name)
 
 
 @pytest.fixture(scope="module")

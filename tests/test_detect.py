@@ -157,6 +157,7 @@ def test_sources_are_never_overwritten(weights, pictures):
         (["--weights", "x.pt", "--source", "0", "--track", "deep"], "deep"),
         (["--weights", "x.pt", "--source", "a.png", "--view-img"], "--view-img needs"),
         (["--weights", "x.pt", "--source", "a.png", "--save-conf"], "give that too"),
+        (["--weights", "x.pt", "--source", "a.png", "--overlap", "0.5"], "--overlap is about the slices"),
     ],
 )
 def test_mistakes_are_named_in_one_line(argv, words, tmp_path, monkeypatch):

@@ -85,15 +85,19 @@ def test_a_mismatch_ends_with_an_error(weights, monkeypatch, capsys):
     assert "differ by" in capsys.readouterr().err
 
 
-def test_one_format_that_fails_does_not_stop_the_others(weights, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [(UserError("no"), "no"), (RuntimeError("of torch\nat line 5"), "RuntimeError: of torch at line 5")],
+)
+def test_one_format_that_fails_does_not_stop_the_others(failure, told, weights, monkeypatch, capsys):
     def broken(job):
-        raise UserError("no")
+        raise failure
 
     monkeypatch.setattr(torchscript, "export", broken)
     monkeypatch.setattr(tensorrt, "export", honest_copy)
     argv = ["--weights", str(weights), "--include", "torchscript", "engine", *SIZE, "--no-verify"]
     assert export.main(argv) == 1
-    assert capsys.readouterr().err.strip() == "error: TorchScript: no"
+    assert capsys.readouterr().err.strip() == f"error: TorchScript: {told}"
     assert weights.with_suffix(".engine").exists()
 
 
@@ -116,6 +120,10 @@ def honest_copy(job):
         (["--nms", "--conf", "2"], "expected thresholds within 0..1"),
         (["--max-det", "5"], "--max-det is about the NMS inside the file; add --nms"),
         (["--agnostic-nms"], "add --nms"),
+        (["--include", "torchscript", "--opset", "20"], "--opset does nothing with --include torchscript"),
+        (["--include", "onnx", "--workspace", "2"], "--workspace does nothing with --include onnx"),
+        (["--calibration-images", "9"], "--calibration-images is about --int8"),
+        (["--opset", "99", "--imgsz", "64"], "--opset 99; this exporter wrote opset"),
         (["--include", "onix"], "invalid choice"),
         (["--dynamic", "width"], "invalid choice"),
         (["--simplify"], "always simplified"),

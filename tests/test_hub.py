@@ -68,6 +68,9 @@ def test_gray_pictures_and_exif_rotation(model, tmp_path):
         (np.zeros((5, 5, 7), np.uint8), "expected uint8"),
         (np.zeros((4, 4, 3), np.float32), "expected uint8"),
         (np.zeros((0, 4, 3), np.uint8), "expected uint8"),
+        (torch.full((3, 8, 8), 255.0), "values 255 to 255; expected 0 to 1"),
+        (torch.full((3, 8, 8), torch.nan), "expected 0 to 1"),
+        (Image.fromarray(np.zeros((8, 8), np.uint16)), "mode I;16"),
         (42, "int"),
         ([None], "NoneType"),
     ],
@@ -83,6 +86,10 @@ def test_settings_are_attributes(model):
     assert len(model(picture, size=256)[0]) == 2
     model.classes = [1]
     assert model(picture, size=256)[0].cls.tolist() == [1]
+    model.classes = 1
+    assert model(picture, size=np.int64(256))[0].cls.tolist() == [1]
+    with pytest.raises(UserError, match="size='256'; expected a whole number"):
+        model(picture, size="256")
     model.classes, model.max_det = None, 1
     assert len(model(picture, size=256)[0]) == 1
     model.conf = 0.95

@@ -61,6 +61,12 @@ def test_pictures_are_rgb(tmp_path):
     assert frames[0].image[0, 0].tolist() == [200, 20, 90]
 
 
+def test_a_picture_may_be_called_screen(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_picture(tmp_path / "screen shot.png")
+    assert [path.name for path in open_source("screen shot.png").files] == ["screen shot.png"]
+
+
 @pytest.mark.parametrize("size", [1, 4, 100])
 def test_batches_hold_every_frame_once(folder, size):
     source = open_source(str(folder))
@@ -72,6 +78,7 @@ def test_batches_hold_every_frame_once(folder, size):
     ("spec", "words"),
     [
         ("nowhere.jpg", "not found"),
+        ("x" * 300, "at most 255 bytes"),
         ("no/such/*.jpg", "matches no picture"),
         ("ftp://host/x.mp4", "scheme 'ftp'"),
         ("https://www.youtube.com/watch?v=1", "not a stream"),

@@ -88,8 +88,11 @@ def load_predictor(
     """
     path = Path(path)
     fmt = format_of(path)
+    folder = fmt.suffix.endswith("/")
     if not path.exists():
         raise UserError(f"{path}: no such file; check --weights")
+    if path.is_dir() != folder:
+        raise UserError(f"{path}: {fmt.title} is a {'folder' if folder else 'file'}, this is none")
     device = select_device(device) if isinstance(device, str) else device
     predictor = fmt.load_module().load(path, device=device, half=half, names=names, imgsz=imgsz, fuse=fuse)
     if half and fmt.module not in ("pytorch", "openvino") and predictor.metadata.precision == "fp32":

@@ -127,6 +127,8 @@ def foreign_metadata(
 ) -> Metadata:
     """The same for a file whose graph says what it takes and gives: the shapes (None: any size) are compared."""
     metadata = given_metadata(source, names, imgsz)
+    if len(shape) != 4 or shape[1] not in (3, None):
+        raise UserError(f"{source}: takes an input of shape {list(shape)}; expected images [batch, 3, height, width]")
     free_batch, free_hw = shape[0] is None, None in shape[2:]
     dynamic = ("all" if free_hw else "batch") if free_batch else ("hw" if free_hw else None)
     if not free_hw and tuple(shape[2:]) != metadata.imgsz:

@@ -73,11 +73,13 @@ class ExportJob:
         return output_names(self.metadata)
 
     def example(self) -> Tensor:
-        """Gray noise of the traced size. Dynamic axes trace with a batch of 2, since a size of 1 would be frozen."""
+        """Noise of the traced size. Dynamic axes trace with two images and two cells at least: 1 would be frozen."""
         batch = max(self.metadata.batch, 2) if self.metadata.dynamic_batch else self.metadata.batch
         device = next(self.model.parameters()).device
         generator = torch.Generator().manual_seed(0)
-        return torch.rand(batch, self.metadata.channels, *self.metadata.imgsz, generator=generator).to(device)
+        least = 2 * self.metadata.max_stride if self.metadata.dynamic_hw else 1
+        size = [max(side, least) for side in self.metadata.imgsz]
+        return torch.rand(batch, self.metadata.channels, *size, generator=generator).to(device)
 
     def dynamic_shapes(self) -> dict[str, dict[int, Any]] | None:
         """The dynamic axes in torch.export's terms: any batch; heights and widths in multiples of the stride."""

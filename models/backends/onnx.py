@@ -137,5 +137,9 @@ def _foreign(session: Any, path: Path, names: Sequence[str] | None, imgsz: int |
     def sizes(entry: Any) -> list[int | None]:
         return [size if isinstance(size, int) else None for size in entry.shape]
 
+    entries = session.get_inputs()
+    if len(entries) != 1 or entries[0].type not in ("tensor(float)", "tensor(float16)"):
+        found = ", ".join(f"{entry.name} {entry.type}" for entry in entries)
+        raise UserError(f"{path}: takes {found or 'nothing'}; expected one tensor of images in float32 or float16")
     outputs = {output.name: sizes(output) for output in session.get_outputs()}
-    return foreign_metadata(str(path), names, imgsz, sizes(session.get_inputs()[0]), outputs)
+    return foreign_metadata(str(path), names, imgsz, sizes(entries[0]), outputs)

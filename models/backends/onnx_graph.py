@@ -111,6 +111,9 @@ def trace(job: ExportJob) -> Any:
         )
     assert program is not None
     model = program.model_proto
+    written = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if written != job.opset:
+        raise UserError(f"--opset {job.opset}; this exporter wrote opset {written} instead; leave --opset out")
     _strip(model.graph)
     _name_axes(model.graph.output[0], job.metadata)
     return model
@@ -174,6 +177,9 @@ def append_nms(model: Any, nms: NmsSettings, nc: int, padded: bool) -> Any:
         tail = version_converter.convert_version(tail, opset)
     tail = compose.add_prefix(tail, "nms/", rename_inputs=False, rename_outputs=False)
     merged = compose.merge_models(model, tail, io_map=[("output0", "decoded")])
+    versions = {entry.domain: entry for entry in merged.opset_import}
+    del merged.opset_import[:]
+    merged.opset_import.extend(versions.values())
     for output in merged.graph.output:
         dims = output.type.tensor_type.shape.dim
         source = model.graph.output[0].type.tensor_type.shape.dim[0]

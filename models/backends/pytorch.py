@@ -64,14 +64,25 @@ class PyTorchPredictor(Predictor):
         return outputs.float()
 
 
-def load(path: Path, *, device: torch.device, half: bool = False, fuse: bool = True, **_: Any) -> PyTorchPredictor:
-    """A .pt or .safetensors checkpoint (ours, or a legacy one that `models.weights` can import) as predictor."""
+def load(
+    path: Path,
+    *,
+    device: torch.device,
+    half: bool = False,
+    fuse: bool = True,
+    imgsz: int | Sequence[int] | None = None,
+    **_: Any,
+) -> PyTorchPredictor:
+    """A .pt or .safetensors checkpoint (ours, or a legacy one that `models.weights` can import) as predictor.
+
+    `imgsz` is the default size of its input, instead of the one that it was trained for.
+    """
     loaded = load_model(path, device=str(device))
     meta = loaded.meta
     return PyTorchPredictor(
         loaded.model,
         loaded.names,
-        imgsz=meta.get("imgsz", 640),
+        imgsz=imgsz or meta.get("imgsz", 640),
         device=device,
         half=half,
         fuse=fuse,

@@ -1,9 +1,11 @@
 """torch.export (.pt2): the network as one graph of ATen operations, run by PyTorch and compilable by AOTInductor.
 
-PyTorch's reader of this format can unpickle objects and execute guard strings, so an archive is checked before it is
-read: only tensors, arithmetic on sizes and ATen operations pass.
+PyTorch's reader of this format can unpickle objects, execute guard strings and import modules, so an archive is
+checked before it is read: only tensors, arithmetic on sizes and ATen operations pass. What PyTorch reads is a new
+archive of the entries that were checked, never the file itself, which another reader may understand in another way.
 """
 
+import io
 import json
 import re
 import zipfile
@@ -36,6 +38,7 @@ VALUES = (
 )
 GUARDS = "L images size torch sym_max sym_min sym_not sym_ite sym_sum"
 WORDS = frozenset(" ".join((FUNCTIONS, RELATIONS, VALUES, GUARDS)).split())
+CONTAINERS = {"builtins.tuple", "builtins.list", "builtins.dict", None}
 SIZE_WORD = re.compile(r"[suz]\d+|\d+")
 
 
@@ -58,13 +61,16 @@ def load(
     imgsz: int | Sequence[int] | None = None,
     **_: Any,
 ) -> ModulePredictor:
-    check_archive(path)
+    archive = checked_archive(path)
     import torchvision  # noqa: F401 - brings the NMS operation that a program may hold
     from torch.export.passes import move_to_device_pass
 
     extra = {METADATA_FILE: ""}
-    program = torch.export.load(path, extra_files=extra)
-    program = move_to_device_pass(program, device)
+    try:
+        program = move_to_device_pass(torch.export.load(archive, extra_files=extra), device)
+    except Exception as e:  # whatever a program of another version of PyTorch leads to
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+        raise UserError(f"{path}: PyTorch {torch.__version__} cannot read this program ({reason})") from e
     text = extra[METADATA_FILE]
     metadata = Metadata.from_json(text, str(path)) if text else _foreign(program, path, names, imgsz)
     return ModulePredictor(program.module(), metadata, device)
@@ -87,17 +93,26 @@ def _foreign(
     return foreign_metadata(str(path), names, imgsz, sizes(str(next(iter(signature.user_inputs)))), outputs)
 
 
-def check_archive(path: Path) -> None:
-    """Refuses an archive that holds anything but tensors, plain operations and arithmetic on sizes."""
+def checked_archive(path: Path) -> io.BytesIO:
+    """A copy of an archive that holds only tensors, plain operations and arithmetic on sizes; others are refused."""
+    copy = io.BytesIO()
     try:
         with zipfile.ZipFile(path) as archive:
             _check_entries(archive, str(path))
+            with zipfile.ZipFile(copy, "w", zipfile.ZIP_STORED) as checked:
+                for info in archive.infolist():
+                    checked.writestr(zipfile.ZipInfo(info.filename), archive.read(info))
     except (zipfile.BadZipFile, UnicodeDecodeError, json.JSONDecodeError, KeyError) as e:
         raise UserError(f"{path}: not a readable torch.export archive ({e}); export the file again") from e
+    copy.seek(0)
+    return copy
 
 
 def _check_entries(archive: zipfile.ZipFile, source: str) -> None:
-    entries = {name.partition("/")[2]: name for name in archive.namelist()}
+    names = archive.namelist()
+    entries = {name.partition("/")[2]: name for name in names}
+    if len(entries) != len(names) or any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+        raise UserError(f"{source}: holds entries twice or compressed, as no file of export.py does; refused")
     for entry in entries:
         if not ENTRY.fullmatch(entry):
             raise UserError(
@@ -119,6 +134,12 @@ def _check_entries(archive: zipfile.ZipFile, source: str) -> None:
         calls = re.findall(r"\.(?!size\(|sym_(?:max|min|not|ite|sum)\()", expression)
         if calls or not re.fullmatch(r"[\w\s'()\[\],+\-*/%<>=!.]*", expression) or not all(map(_safe_word, words)):
             raise UserError(f"{source}: holds the expression {expression[:80]!r}; refused, since it may run code")
+    for spec in (*_values(model, "in_spec"), *_values(model, "out_spec")):
+        kinds = set(_values(json.loads(spec), "type")) if isinstance(spec, str) else set()
+        if not kinds <= CONTAINERS:
+            raise UserError(
+                f"{source}: nests {sorted(map(str, kinds - CONTAINERS))}; refused, since that can import code"
+            )
     for target in _values(model, "target"):
         if isinstance(target, str) and "." in target and not TARGET.fullmatch(target):
             raise UserError(f"{source}: calls {target[:80]!r}; refused, since only ATen operations are expected")

@@ -27,6 +27,9 @@ LIST_SUFFIXES = frozenset((".txt", ".streams"))
 ENDING_SLACK = 2  # frames by which a container's own count may be off without the end being called damaged
 
 
+LONGEST_NAME = 255  # bytes, on all file systems in use
+
+
 def open_source(
     spec: str | Path | Sequence[str | Path], *, vid_stride: int = 1, stream_timeout: float = 60.0
 ) -> Source:
@@ -67,6 +70,8 @@ def _expand(text: str) -> list[str]:
     if not text:
         return []
     path = Path(text)
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts) and not url_scheme(text):
+        raise UserError(f"source '{text[:60]}...' is no path: names have at most {LONGEST_NAME} bytes")
     if path.is_dir():
         found = sorted(str(p) for p in path.iterdir() if _suffix(p) in MEDIA_SUFFIXES and p.is_file())
         if not found:
@@ -143,7 +148,7 @@ def _is_image(path: Path) -> bool:
 
 
 def _is_screen(text: str) -> bool:
-    return text.split()[0] == "screen"
+    return text.split()[0] == "screen" and not os.path.lexists(text)
 
 
 def _is_remote_file(text: str) -> bool:

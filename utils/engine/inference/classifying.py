@@ -46,6 +46,8 @@ class PictureClassifier:
             raise UserError(
                 f"--imgsz {' '.join(map(str, size))}; expected one side for a classifier, a multiple of {stride}"
             )
+        if batch_size < 1:
+            raise UserError(f"--batch-size {batch_size}; expected 1 or more")
         self.predictor, self.size, self.batch_size = predictor, size[0], batch_size
         self.names = tuple(predictor.names)
         self.speed = Speed()
