@@ -32,7 +32,14 @@ from utils.engine.evaluation.evaluate import EvalPlan, check_classes, evaluate
 from utils.engine.evaluation.report import write_json
 from utils.engine.evaluation.validate import ValSettings, detection_limit
 from utils.engine.inference.predict import check_bounds, combine, network_size
-from utils.engine.options import LabelOptions, MetricOptions, PredictorOptions, RunFolderOptions, names_of
+from utils.engine.options import (
+    LabelOptions,
+    MetricOptions,
+    PredictorOptions,
+    RunFolderOptions,
+    check_overlap,
+    names_of,
+)
 from utils.ops.metrics import Found
 
 # The options that mean something with result files, and with classifiers.
@@ -171,8 +178,7 @@ def check(cfg: CompareConfig) -> None:
         refuse_changed(cfg, WITH_PREDICTIONS if cfg.images else WITH_PREDICTIONS - PICTURES, NO_IMAGES[not cfg.images])
     else:
         refuse_changed(cfg, set(config_dict(cfg)) - {"annotations", "images"}, "without --predictions")
-    if cfg.overlap != CompareConfig.overlap and not cfg.slice:
-        raise UserError("--overlap is about the slices of --slice; give that too")
+    check_overlap(cfg)
     if len(cfg.predictions or cfg.weights) != 2:
         count = len(cfg.predictions or cfg.weights)
         raise UserError(f"{count} files given; expected two with --weights A B (or --predictions A B)")

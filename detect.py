@@ -31,7 +31,7 @@ from utils.engine.inference.writers import (
     refuse_overwrite,
     require_gui,
 )
-from utils.engine.options import NO_WEIGHTS, PredictorOptions, RunFolderOptions
+from utils.engine.options import NO_WEIGHTS, PredictorOptions, RunFolderOptions, check_overlap
 from utils.engine.speed import speed_line
 from utils.ops.detections import Detections
 
@@ -91,8 +91,7 @@ def detect(cfg: DetectConfig) -> DetectReport:
         raise UserError(f"--line-thickness {cfg.line_thickness}; expected 1 or more")
     if cfg.save_conf and not cfg.save_txt:
         raise UserError("--save-conf adds the confidence to the files of --save-txt; give that too")
-    if cfg.overlap != DetectConfig.overlap and not cfg.slice:
-        raise UserError("--overlap is about the slices of --slice; give that too")
+    check_overlap(cfg)
     if cfg.view_img:
         require_gui()
     tracking = Tracking(cfg.track, cfg.conf_thres) if cfg.track else None

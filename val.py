@@ -41,6 +41,7 @@ from utils.engine.options import (
     MetricOptions,
     PredictorOptions,
     RunFolderOptions,
+    check_overlap,
     names_of,
 )
 from utils.engine.speed import STAGES, speed_line
@@ -324,8 +325,7 @@ def validate_with(cfg: ValConfig) -> ValReport:
         if not cfg.predictions:
             raise UserError("--annotations goes with --predictions RESULTS.json; with a model, use --data")
         return measure_predictions(cfg)
-    if cfg.overlap != ValConfig.overlap and not cfg.slice:
-        raise UserError("--overlap is about the slices of --slice; give that too")
+    check_overlap(cfg)
     refuse_changed(cfg, USED.get(cfg.task, USED["val"]), f"with --task {cfg.task}")
     if cfg.save_conf and not cfg.save_txt:
         raise UserError("--save-conf adds the confidence to the files of --save-txt; give that too")

@@ -2,11 +2,12 @@
 
 import importlib
 import json
+from dataclasses import fields
 
 import pytest
 
 from models.backends import FORMATS, exportable, format_of, load_predictor
-from models.backends.base import Metadata, given_metadata, need, pair
+from models.backends.base import FIELDS, NMS_KEYS, Metadata, given_metadata, need, pair
 from models.backends.graph import NmsSettings, nms_dict
 from utils.core.errors import UserError
 
@@ -52,6 +53,11 @@ def test_damaged_metadata_are_refused(change):
 def test_text_that_is_no_metadata_is_refused(text):
     with pytest.raises(UserError):
         Metadata.from_json(text, "file")
+
+
+def test_every_field_is_checked():
+    assert set(FIELDS) == {field.name for field in fields(Metadata)}
+    assert {field.name for field in fields(NmsSettings)} == NMS_KEYS
 
 
 def test_unknown_keys_of_a_later_minor_version_are_ignored():

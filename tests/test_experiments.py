@@ -109,9 +109,14 @@ def test_a_run_that_another_command_began_is_not_continued(monkeypatch: pytest.M
         runner.make(replace(plan, train={**plan.train, "epochs": 5}))
 
 
-def test_what_is_missing_is_listed_and_typos_are_told(capsys, root: Path) -> None:
+def test_what_is_missing_is_listed_and_typos_are_told(monkeypatch, tmp_path: Path, capsys, root: Path) -> None:
+    monkeypatch.setattr(ledger, "RESULTS", tmp_path / "none.csv")
+    monkeypatch.setattr(ledger, "DIFFERENCES", tmp_path / "none.csv")
     plan = str(root / "experiments" / "small_objects.yaml")
     assert run.main([plan, "--list"]) == 0
+    told = capsys.readouterr().out
+    assert "missing: yolov5n-p2 (seed 2)" in told
+    assert "missing: the paired difference yolov5-spd-n − yolov5n-p2 (seed 0, 1, 2)" in told
     with pytest.raises(UserError, match="no run has 'yolov8' in its name"):
         run.main([plan, "--list", "--only", "yolov8"])
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 from utils.core.config import option
+from utils.core.errors import UserError
 from utils.data.labels import POLICIES
 
 NO_WEIGHTS = "no --weights given; train.py writes runs/train/exp/weights/best.pt (no weights are shipped)"
@@ -37,6 +38,12 @@ class PredictorOptions:
     augment: bool = option(False, "test-time augmentation: three sizes, one mirrored")
     slice: int = option(0, "cut images into tiles of this many pixels (0: do not)")
     overlap: float = option(0.2, "share of a tile that its neighbor sees too")
+
+
+def check_overlap(options: PredictorOptions) -> None:
+    """UserError for an overlap of slices where there are none."""
+    if options.overlap != PredictorOptions.overlap and not options.slice:
+        raise UserError("--overlap is about the slices of --slice; give that too")
 
 
 @dataclass(frozen=True)
