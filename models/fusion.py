@@ -1,9 +1,11 @@
-"""Exact deploy fusion: the network that runs, free of batch normalization and of space-to-depth.
+"""Exact deploy fusion: the network that runs, free of batch normalization, of space-to-depth and of work done twice.
 
 SPD followed by a k x k convolution with padding p is one (scale*k) x (scale*k) convolution of stride `scale` with
 padding scale*p, exactly: a Focus stem becomes a 6x6 convolution of stride 2, and SPD with C3's two 1x1 convolutions one
 2x2 convolution of stride 2 for both branches. Where a Concat lies between SPD and convolution, the convolution over
 concat(SPD(x), y) is split into a strided one on x plus the rest on y, summed before normalization and activation.
+In the same way 1x1 convolutions over concat(Upsample(x), y) see x before it is upsampled, when it has a quarter of the
+pixels.
 """
 
 from __future__ import annotations
@@ -25,17 +27,21 @@ AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
 
 class SplitConv2d(nn.Module):
-    """One convolution over a concatenation that is never made: the sum of a convolution for each of its inputs."""
+    """One convolution over a concatenation that is never made: the sum of a convolution for each of its inputs.
 
-    def __init__(self, parts: Sequence[nn.Conv2d]) -> None:
+    What follows a part in `after` is applied to its output before the sum.
+    """
+
+    def __init__(self, parts: Sequence[nn.Conv2d], after: Sequence[nn.Module] | None = None) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
+        self.after = nn.ModuleList(after or [nn.Identity() for _ in parts])
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
-        y = self.parts[0](inputs[0])
-        for part, x in zip(self.parts[1:], inputs[1:], strict=True):
-            y = y + part(x)
-        return y
+        first, *others = (f(part(x)) for part, f, x in zip(self.parts, self.after, inputs, strict=True))
+        for other in others:
+            first = first + other
+        return first
 
 
 class MergedC3(nn.Module):
@@ -64,7 +70,7 @@ def fuse(model: AnyNetwork) -> AnyNetwork:
     for row in fused.rows:
         _absorb_inside(layers[row.index], f"row {row.index} {row.name}", report)
     graph = _Graph(fused.rows, layers, report)
-    graph.fuse_spd()
+    graph.fuse()
     for index, layer in enumerate(layers):
         if index not in graph.rows:
             layers[index] = nn.Identity()
@@ -240,6 +246,17 @@ class _Graph:
         reasons = (self.concat_obstacle(r) if self.is_concat(r.index) else self.obstacle(r, spd.index) for r in readers)
         return next(filter(None, reasons), None)
 
+    def can_follow(self, upsample: Row) -> bool:
+        """Whether a nearest Upsample can be moved behind the convolutions that read it: all 1x1, through Concats."""
+        layer: Any = self.layers[upsample.index]
+        concats = self.readers(upsample.index)
+        if type(layer) is not nn.Upsample or layer.mode != "nearest" or not layer.scale_factor or not concats:
+            return False
+        if not all(self.is_concat(c.index) and self.concat_obstacle(c) is None for c in concats):
+            return False
+        readers = [self.layers[r.index] for c in concats for r in self.readers(c.index)]
+        return all(_is_pointwise(_get(layer, name)) for layer in readers for name in _entry_names(layer, 0))
+
     def is_concat(self, index: int) -> bool:
         return index in self.rows and type(self.layers[index]) is Concat
 
@@ -273,9 +290,24 @@ class _Graph:
                     beside = "the others by themselves, then the sum" if isinstance(entry, SplitConv2d) else "alone"
                     what = f"row {reader.index} {reader.name}{'.' if name else ''}{name}"
                     self.report.append(f"row {spd.index} SPD into {what}: {_describe(conv)}, {beside}")
-            sources = tuple(spd.sources[0] if s == spd.index else s for s in reader.sources)
+        self.bypass(spd)
+
+    def defer(self, upsample: Row) -> None:
+        """Move an Upsample row behind the parts of the split convolutions that read it."""
+        for reader in self.readers(upsample.index):
+            layer = self.layers[reader.index]
+            for position in (i for i, s in enumerate(reader.sources) if s == upsample.index):
+                for name in _entry_names(layer, position):
+                    _get(layer, name).after[position] = self.layers[upsample.index]
+            self.report.append(f"row {upsample.index} Upsample behind the 1x1 convolutions of row {reader.index}")
+        self.bypass(upsample)
+
+    def bypass(self, row: Row) -> None:
+        """Remove a row: its readers read its source instead."""
+        for reader in self.readers(row.index):
+            sources = tuple(row.sources[0] if s == row.index else s for s in reader.sources)
             self.rows[reader.index] = replace(reader, sources=sources)
-        del self.rows[spd.index]
+        del self.rows[row.index]
 
     def put(self, index: int, name: str, module: nn.Module) -> None:
         if name:
@@ -283,8 +315,8 @@ class _Graph:
         else:
             self.layers[index] = module
 
-    def fuse_spd(self) -> None:
-        """Take every SPD row whose readers are all convolutions into them; report the ones that stay."""
+    def fuse(self) -> None:
+        """Take every SPD row whose readers are all convolutions into them, upsample late; report the SPD that stay."""
         fusible = []
         for row in [r for r in self.rows.values() if type(self.layers[r.index]) is SPD]:
             obstacle = self.spd_obstacle(row)
@@ -292,14 +324,22 @@ class _Graph:
                 self.report.append(f"row {row.index} {row.name} stays: {obstacle}")
             else:
                 fusible.append(row.index)
-        for concat in [r for r in self.rows.values() if self.is_concat(r.index) and {*r.sources} & {*fusible}]:
+        movable = [row.index for row in self.rows.values() if self.can_follow(row)]
+        gone = {*fusible, *movable}
+        for concat in [r for r in self.rows.values() if self.is_concat(r.index) and gone.intersection(r.sources)]:
             self.split(concat)
         for index in fusible:
             self.absorb(self.rows[index])
+        for index in movable:
+            self.defer(self.rows[index])
 
 
 def _get(layer: nn.Module, name: str) -> Any:
     return layer.get_submodule(name) if name else layer
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    return (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (1, 1), (0, 0))
 
 
 def _split(conv: nn.Conv2d, widths: Sequence[int]) -> SplitConv2d:
@@ -315,7 +355,8 @@ def merge_c3(block: C3 | C3SPP) -> nn.Module:
         return block
     one, other = _parts(first.conv), _parts(second.conv)
     stacked = [_stack(a, b) for a, b in zip(one, other, strict=True)]
-    entry = nn.Sequential(SplitConv2d(stacked) if len(stacked) > 1 else stacked[0], first.act)
+    split = first.conv if isinstance(first.conv, SplitConv2d) else None
+    entry = nn.Sequential(SplitConv2d(stacked, [*split.after]) if split else stacked[0], first.act)
     return MergedC3(entry, block.m, block.cv3)
 
 

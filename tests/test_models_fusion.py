@@ -44,8 +44,8 @@ def test_detectors_stay_equal(name: str) -> None:
         with torch.no_grad():
             difference = (fused.predict(x) - model.predict(x)).abs().max()
         assert difference < limit
-        assert left(fused, nn.BatchNorm2d, SPD) == 0
-        assert len(fused.fusion_report) >= 7 and not any("stays" in line for line in fused.fusion_report)
+        assert left(fused, nn.BatchNorm2d, SPD) == 0 and not any(row.name == "nn.Upsample" for row in fused.rows)
+        assert len(fused.fusion_report) >= 9 and not any("stays" in line for line in fused.fusion_report)
         assert model.rows == rows and not model.fusion_report
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
         assert fused.cfg == model.cfg and fused.strides == model.strides
@@ -121,6 +121,34 @@ def test_any_graph(layers: list[Any], head: list[int], stays: str) -> None:
         assert torch.allclose(fused.predict(x), model.predict(x), atol=1e-10)
     kept = [line for line in fused.fusion_report if "stays" in line]
     assert bool(kept) == bool(stays) == bool(left(fused, SPD)) and all(stays in line for line in kept)
+
+
+UP = [-1, 1, "nn.Upsample", ["None", 2, "nearest"]]
+
+
+@pytest.mark.parametrize(
+    ("layers", "head", "late"),
+    [
+        ([[-1, 1, "Conv", [8, 3, 2]], UP, [[2, 0], 1, "Concat", [1]], [-1, 1, "C3", [8]]], [4], True),
+        ([[-1, 1, "SPD", []], UP, [[0, 2], 1, "Concat", [1]], [-1, 1, "Conv", [8, 1]]], [4], True),
+        ([UP, [-2, 1, "Conv", [8, 1]], [-1, 1, "SPD", []], UP, UP, [[1, -1], 1, "Concat", [1]],
+          [-1, 1, "Conv", [8, 1]]], [7], True),
+        ([[-1, 1, "Conv", [8, 3, 2]], UP, [[2, 0], 1, "Concat", [1]], [-1, 1, "Conv", [8, 3]]], [4], False),
+        ([[-1, 1, "Conv", [8, 3, 2]], UP, [[2, 0], 1, "Concat", [1]], [-1, 1, "Conv", [8, 1, 2]]], [4], False),
+        ([[-1, 1, "Conv", [8, 3, 2]], [-1, 1, "nn.Upsample", ["None", 2, "bilinear"]], [[2, 0], 1, "Concat", [1]],
+          [-1, 1, "C3", [8]]], [4], False),
+        ([[-1, 1, "Conv", [8, 3, 2]], UP, [[2, 0], 1, "Concat", [1]], [-1, 1, "C3", [8]]], [2, 4], False),
+        ([[-1, 1, "Conv", [8, 3, 2]], UP, [-1, 1, "Conv", [8, 1]]], [3], False),
+    ],
+)  # fmt: skip
+def test_upsampling_late(layers: list[Any], head: list[int], late: bool) -> None:
+    """Nearest upsampling moves behind the 1x1 convolutions of a concatenation, and stays anywhere else."""
+    model = build(*layers, head=head)
+    fused = fuse(model)
+    x = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.allclose(fused.predict(x), model.predict(x), atol=1e-10)
+    assert any("Upsample behind the 1x1" in line for line in fused.fusion_report) == late
 
 
 def test_fusing_twice_changes_nothing() -> None:
