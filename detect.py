@@ -30,6 +30,7 @@ from utils.engine.inference.writers import (
     Writer,
     refuse_overwrite,
     require_gui,
+    write_all,
 )
 from utils.engine.options import NO_WEIGHTS, PredictorOptions, RunFolderOptions, check_overlap
 from utils.engine.speed import speed_line
@@ -42,6 +43,10 @@ RETIRED = {
     "--dnn": "ONNX files run on ONNX Runtime; just give the .onnx file to --weights",
     "--save-format": "--save-txt writes YOLO rows, --save-json and --save-csv boxes in pixels",
 }
+
+
+ABOUT_BOXES = {"save_crop", "save_conf", "track", "slice", "overlap", "augment", "line_thickness"}
+ABOUT_BOXES |= {"classes", "conf_thres", "iou_thres", "max_det", "agnostic_nms"}
 
 
 @dataclass(frozen=True)
@@ -155,13 +160,10 @@ def detector(cfg: DetectConfig, predictors: list[Predictor]) -> Detector:
 
 def classifier(cfg: DetectConfig, predictors: list[Predictor]) -> PictureClassifier:
     """The likeliest classes of whole pictures; flags that are about boxes are refused."""
-    about_boxes = ("save_crop", "track", "slice", "augment", "classes", "conf_thres", "iou_thres", "max_det",
-                   "agnostic_nms")  # fmt: skip
-    given = next((flag for flag in about_boxes if getattr(cfg, flag) != getattr(DetectConfig(), flag)), None)
-    if given or len(predictors) > 1:
-        what = f"--{given.replace('_', '-')}" if given else "an ensemble"
-        file = next(w for w, p in zip(cfg.weights, predictors, strict=True) if p.task == "classify")
-        raise UserError(f"'{file}' is a classifier, which finds no boxes: {what} cannot be used with it")
+    file = next(w for w, p in zip(cfg.weights, predictors, strict=True) if p.task == "classify")
+    if len(predictors) > 1:
+        raise UserError(f"'{file}' is a classifier, which cannot be part of an ensemble; give one model")
+    refuse_changed(cfg, set(config_dict(cfg)) - ABOUT_BOXES, f"with '{file}', a classifier, which finds no boxes")
     return PictureClassifier(predictors[0], cfg.imgsz, cfg.batch_size)
 
 
@@ -218,15 +220,6 @@ def console_line(frame: Frame, result: Result, ms: float) -> str:
     h, w = frame.image.shape[:2]
     place = f"{frame.kind} {frame.item}/{frame.items}{counter} {frame.name}"
     return f"{place}: {h}x{w} {result.summary()}, {ms:.1f}ms"
-
-
-def write_all(writers: list[Writer], folder: Path | None, frame: Frame, result: Result) -> None:
-    """One frame to every writer; a full disk or a missing right is a UserError."""
-    try:
-        for writer in writers:
-            writer.write(frame, result)
-    except OSError as error:
-        raise UserError(f"cannot write the results to '{folder}': {error.strerror or error}") from error
 
 
 def finish(behind: Behind[Any], writers: list[Writer], view: ViewWriter | None, source: Source) -> None:

@@ -144,6 +144,7 @@ class Export:
         if meta.dynamic_hw:
             smaller = -(-3 * height // (4 * meta.max_stride)) * meta.max_stride
             height = smaller if smaller < height else height + meta.max_stride
+            width = height if meta.task == "classify" else width
         if meta.dynamic:
             yield self._choose(replace(meta, imgsz=(height, width), batch=meta.batch + meta.dynamic_batch))
 
@@ -257,6 +258,8 @@ def describe(loaded: LoadedModel, cfg: ExportConfig, nms: NmsSettings | None) ->
     if min(size) < stride or any(v % stride for v in size):
         near = sorted({max(v // stride, 1) * stride for v in size} | {max(-(-v // stride), 1) * stride for v in size})
         raise UserError(f"--imgsz {size[0]} {size[1]} is not a multiple of the stride {stride}; usable nearby: {near}")
+    if model.task == "classify" and size[0] != size[1]:
+        raise UserError(f"--imgsz {size[0]} {size[1]}; expected one side, since a classifier sees squares")
     return Metadata(
         names=tuple(loaded.names),
         imgsz=size,

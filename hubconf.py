@@ -162,7 +162,10 @@ def load(
 
     `imgsz` and `names` (of the classes) stand in for what an exported file of another tool does not say itself.
     """
-    return Model(load_predictor(weights, device=select_device(device), half=half, names=names, imgsz=imgsz))
+    predictor = load_predictor(weights, device=select_device(device), half=half, names=names, imgsz=imgsz)
+    if names is not None and tuple(names) != tuple(predictor.names):
+        raise UserError(f"{weights} says its {len(predictor.names)} class names itself; leave names out")
+    return Model(predictor)
 
 
 def custom(path: str | Path, autoshape: bool = True, _verbose: bool = True, device: str | None = None) -> Any:

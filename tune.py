@@ -6,6 +6,7 @@ python tune.py --name exp --trials 60        (continues the same study; start it
 
 import csv
 import math
+import signal
 import sys
 import warnings
 from collections.abc import Sequence, Set
@@ -223,32 +224,46 @@ def tune(config: TuneConfig, given: Set[str]) -> TuneReport:
         failures.clear()
         return value
 
+    def keep(study: Any, _: Any) -> None:
+        write_trials(config, folder, study.get_trials(states=finished), list(space))
+
     LOGGER.info(f"study {folder}: {len(study.get_trials(states=finished))} of {config.trials} trials finished")
     if len(study.get_trials(states=finished)) < config.trials:
         stop = optuna.study.MaxTrialsCallback(config.trials, states=finished)
-        study.optimize(objective, callbacks=[stop], catch=(TrialFailed,))
+        study.optimize(objective, callbacks=[stop, keep], catch=(TrialFailed,))
     return write_results(config, folder, study.get_trials(states=finished), list(space))
 
 
 def write_results(config: TuneConfig, folder: Path, trials: Sequence[Any], names: Sequence[str]) -> TuneReport:
-    """trials.csv, parallel_coordinates.png and best_hyp.yaml."""
-    rows = [(t, max(t.intermediate_values.values(), default=-math.inf)) for t in trials]
-    whole = [(t, value) for t, value in rows if t.state.name == "COMPLETE"]
-    if not whole:
+    """trials.csv, best_hyp.yaml and parallel_coordinates.png, and what they say in a line."""
+    best = write_trials(config, folder, trials, names)
+    if best is None:
         raise UserError(f"{folder}: no trial ran to its end; see trial*/train.log there")
+    picture, path = folder / "parallel_coordinates.png", folder / "best_hyp.yaml"
+    plot_parallel([(t.params, best_epoch(t)) for t in trials], names, config.metric, picture)
+    value = best_epoch(best)
+    LOGGER.info(f"best of {len(trials)}: trial {best.number}, {config.metric} {value:.4f}\nhyper-parameters: {path}")
+    LOGGER.info(f"picture: {picture}")
+    return TuneReport(folder, path, value, len(trials))
+
+
+def write_trials(config: TuneConfig, folder: Path, trials: Sequence[Any], names: Sequence[str]) -> Any:
+    """trials.csv and best_hyp.yaml of the trials so far; the best that ran to its end, or None."""
     with atomic_write(folder / "trials.csv", "w") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["trial", "state", "epochs", config.metric, *names])
-        for t, value in rows:
-            epochs = len(t.intermediate_values)
-            table.writerow([t.number, t.state.name.lower(), epochs, f"{value:.6g}", *(t.params[n] for n in names)])
-    plot_parallel([(t.params, value) for t, value in rows], names, config.metric, folder / "parallel_coordinates.png")
-    best, value = max(whole, key=lambda row: row[1])
-    path = folder / "best_hyp.yaml"
-    dump_yaml(path, load_yaml(folder / f"trial{best.number}" / "hyp.yaml"))
-    LOGGER.info(f"best of {len(rows)}: trial {best.number}, {config.metric} {value:.4f}\nhyper-parameters: {path}")
-    LOGGER.info(f"picture: {folder / 'parallel_coordinates.png'}")
-    return TuneReport(folder, path, value, len(rows))
+        for t in trials:
+            facts = [t.number, t.state.name.lower(), len(t.intermediate_values), f"{best_epoch(t):.6g}"]
+            table.writerow([*facts, *(t.params[name] for name in names)])
+    best = max((t for t in trials if t.state.name == "COMPLETE"), key=best_epoch, default=None)
+    if best is not None:
+        dump_yaml(folder / "best_hyp.yaml", load_yaml(folder / f"trial{best.number}" / "hyp.yaml"))
+    return best
+
+
+def best_epoch(trial: Any) -> float:
+    """The metric of a trial's best epoch."""
+    return max(trial.intermediate_values.values(), default=-math.inf)
 
 
 def run(**kwargs: Any) -> TuneReport:
@@ -257,7 +272,8 @@ def run(**kwargs: Any) -> TuneReport:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """The command line. SIGTERM counts as an interrupt, so that the trial that runs ends too."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     argv = list(sys.argv[1:] if argv is None else argv)
     tune(parse_config(TuneConfig, argv, "tune.py", __doc__ or ""), given_options(TuneConfig, argv))
     return 0

@@ -9,13 +9,13 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from backend_models import HW, NAMES, job_of, pictures, tiny_detector
 
 from models import build_model
 from models.backends import FORMATS, load_predictor
 from models.backends.graph import NmsSettings
 from models.backends.verify import TOLERANCES, Difference, compare, compare_detections, compare_raw
 from models.fusion import fuse
+from tests.backend_models import HW, NAMES, job_of, pictures, tiny_detector
 from utils.core.errors import UserError
 from utils.ops.nms import non_max_suppression
 

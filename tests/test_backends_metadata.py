@@ -19,7 +19,9 @@ def test_metadata_survive_json_with_any_names():
     for names in (("a",), ("\"'<>&\n{}", "größe", "人")):
         made = Metadata(names=names, imgsz=(64, 96))
         assert Metadata.from_json(made.to_json(), "x") == made
-    assert Metadata.from_json(GOOD.to_json(), "x") == GOOD
+    classifier = Metadata(names=("a",), imgsz=(64, 64), strides=(), task="classify")
+    for made in (GOOD, classifier):
+        assert Metadata.from_json(made.to_json(), "x") == made
 
 
 @pytest.mark.parametrize(
@@ -31,6 +33,8 @@ def test_metadata_survive_json_with_any_names():
         {"imgsz": [64]},
         {"imgsz": [True, False]},
         {"strides": None},
+        {"strides": []},
+        {"strides": [8, 0]},
         {"task": "segment"},
         {"dynamic": "some"},
         {"batch": "1"},

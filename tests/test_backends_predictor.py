@@ -5,13 +5,13 @@ import json
 
 import pytest
 import torch
-from backend_models import HW, NAMES, pictures, tiny_detector
 
 from benchmarks import inference
 from models.backends import load_predictor
 from models.backends.base import Metadata, Predictor
 from models.backends.pytorch import PyTorchPredictor
 from models.weights import pack_model
+from tests.backend_models import HW, NAMES, pictures, tiny_detector
 from utils.core.checkpoint import save_checkpoint
 from utils.core.errors import UserError
 

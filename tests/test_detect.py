@@ -11,11 +11,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from media import RedFinder, one_thread, with_squares, write_picture, write_video  # noqa: F401
 
 import detect
 from models import build_model
 from models.weights import pack_model
+from tests.media import RedFinder, one_thread, with_squares, write_picture, write_video  # noqa: F401
 from utils.core.checkpoint import save_checkpoint
 from utils.core.errors import UserError
 from utils.data.frames import Frame, Tally
@@ -272,8 +272,11 @@ def test_a_classifier_names_pictures(weights, pictures, tmp_path, capsys):
     assert len((report.save_dir / "predictions.csv").read_text().splitlines()) == 16
     assert f"48x64 {best['name']} {best['confidence']:.2f}, " in capsys.readouterr().out
     assert (cv2.imread(str(report.save_dir / "a.png")) != cv2.imread(str(pictures / "a.png"))).any()
-    for wrong in ({"track": "sort"}, {"slice": 32}, {"save_crop": True}, {"weights": [weights, tmp_path / "c.pt"]}):
-        with pytest.raises(UserError, match="is a classifier"):
+    hidden = detect.run(weights=tmp_path / "c.pt", source=pictures, hide_conf=True, project=tmp_path / "h")
+    assert (cv2.imread(str(report.save_dir / "a.png")) != cv2.imread(str(hidden.save_dir / "a.png"))).any()
+    wrongs = ({"track": "sort"}, {"slice": 32}, {"save_crop": True}, {"save_conf": True, "save_txt": True})
+    for wrong in (*wrongs, {"weights": [weights, tmp_path / "c.pt"]}):
+        with pytest.raises(UserError, match="c.pt', a classifier|c.pt' is a classifier"):
             detect.run(**{"weights": tmp_path / "c.pt", "source": pictures, "device": "cpu", **wrong})
 
 

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 import torch.multiprocessing as mp
-from toy import Interrupted, Sinks, ToyTask, config, trainer, weights
 
+from tests.toy import Interrupted, Sinks, ToyTask, config, trainer, weights
 from utils.core.checkpoint import load_checkpoint
 from utils.core.dist import Dist
 from utils.core.errors import UserError

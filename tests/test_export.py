@@ -6,15 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from backend_models import HW, NAMES, job_of, tiny_detector
 
 import export
+from models import build_model, find_cfg
 from models.backends import tensorrt, torchscript
 from models.backends.base import Metadata
 from models.backends.pictures import choose, network_image
 from models.weights import pack_model
+from tests.backend_models import HW, NAMES, job_of, tiny_detector
 from utils.core.checkpoint import save_checkpoint
 from utils.core.errors import UserError
+from utils.core.yamls import load_yaml
 from utils.data.scenes import write_dataset
 
 SIZE = ["--imgsz", "64", "96"]
@@ -47,6 +49,20 @@ def test_dynamic_files_are_verified_at_another_shape_too(weights, monkeypatch, c
     monkeypatch.setattr(torchscript, "export", of_one_shape)
     assert export.main(argv) == 1
     assert "images of 48x96 given to a file exported for 64x96" in capsys.readouterr().err
+
+
+def test_a_classifier_is_exported_for_squares(tmp_path, capsys):
+    """In every format that this machine has, verified at two sizes."""
+    formats = [name for name in export.exportable() if name != "engine"]
+    cfg = {**load_yaml(find_cfg("resnet18-spd")), "width_multiple": 0.125}
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, pack_model(build_model(cfg, nc=3), NAMES, 64))
+    argv = ["--weights", str(path), "--include", *formats, "--images", "2", "--dynamic", "--imgsz", "64"]
+    assert export.main(argv) == 0
+    out = capsys.readouterr().out
+    assert out.count("scenes at [1, 3, 64, 64]:") == out.count("scenes at [2, 3, 48, 48]:") == len(formats) == 4
+    with pytest.raises(UserError, match="a classifier sees squares"):
+        export.main([*argv, "96"])
 
 
 def test_python_call_with_data_prints_both_aps(weights, tmp_path, capsys):

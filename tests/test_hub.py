@@ -6,10 +6,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from media import RedFinder, one_thread, with_squares  # noqa: F401
 from PIL import Image
 
 import hubconf
+from models import build_model
+from models.weights import pack_model
+from tests.media import RedFinder, one_thread, with_squares  # noqa: F401
+from utils.core.checkpoint import save_checkpoint
 from utils.core.errors import UserError
 from utils.engine.inference.results import Results
 from utils.ops.detections import Detections
@@ -189,6 +192,20 @@ def test_optional_packages_are_named_when_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(UserError, match="pip install pandas"):
         sample().pandas()
+
+
+def test_names_that_a_file_says_itself_are_not_given(tmp_path):
+    save_checkpoint(tmp_path / "m.pt", pack_model(build_model("yolov5n", nc=2), ["a", "b"], 64))
+    assert hubconf.load(tmp_path / "m.pt", names=["a", "b"]).names == ["a", "b"]
+    with pytest.raises(UserError, match="says its 2 class names itself"):
+        hubconf.load(tmp_path / "m.pt", names=["x", "y"])
+
+
+def test_a_name_that_no_disk_takes_is_one_line(tmp_path):
+    results = sample()
+    results.files[0] = "x" * 300 + ".jpg"
+    with pytest.raises(UserError, match="cannot write the results to .*: File name too long"):
+        results.save(save_dir=tmp_path / "out")
 
 
 def test_networks_by_name_say_that_no_weights_are_shipped(capsys):

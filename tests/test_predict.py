@@ -6,10 +6,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from media import Endless, RedFinder, one_thread, with_squares  # noqa: F401
 
 from models import build_model
 from models.backends.pytorch import PyTorchPredictor
+from tests.media import Endless, RedFinder, one_thread, with_squares  # noqa: F401
 from utils.core.errors import UserError
 from utils.engine.inference.pipeline import Behind, ahead
 from utils.engine.inference.predict import (

@@ -4,8 +4,8 @@ import sys
 
 import numpy as np
 import pytest
-from media import write_picture, write_video
 
+from tests.media import write_picture, write_video
 from utils.core.errors import UserError
 from utils.data.frames import redact, safe_name, unique_names
 from utils.data.screen import parse_screen

@@ -1,9 +1,11 @@
 """tune.py: spaces, pruning, resuming and sharing a study, on a stand-in for train.py whose optimum is known."""
 
 import csv
+import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -18,13 +20,14 @@ from utils.engine.training.settings import TrainConfig
 
 # Trains nothing: AP rises with the epoch and peaks at lr0 = 0.02; writes what train.py writes. lr0 > 0.09 fails.
 FAKE = """
-import csv, sys, time
+import csv, os, sys, time
 from pathlib import Path
 args = sys.argv[1:]
 get = lambda flag: args[args.index(flag) + 1]
 hyp = dict(pair.split("=") for pair in args[args.index("--hyp") + 1:] if "=" in pair)
 folder = Path(get("--project")) / get("--name")
 lr0 = float(hyp["lr0"])
+(folder / "pid").write_text(str(os.getpid()))
 (folder / "hyp.yaml").write_text("".join(f"{k}: {v}\\n" for k, v in hyp.items()))
 if lr0 > 0.09:
     sys.exit("error: diverged")
@@ -111,13 +114,42 @@ def test_bad_trials_are_pruned_by_their_early_epochs(fake: Path) -> None:
     assert load_hyp(report.best_hyp).lr0 in (0.02, 0.021, 0.019, 0.022)
 
 
+def child(fake: Path, call: str) -> subprocess.Popen[str]:
+    """A process with the stand-in that makes a call."""
+    program = f"""
+import sys; sys.path.insert(0, {str(Path(tune.__file__).parent)!r})
+import tune; from pathlib import Path; from utils.core.config import run_cli
+tune.HERE = Path({str(fake)!r})
+{call}
+"""
+    return subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+
+
+def test_what_was_found_is_kept_when_the_search_is_ended(fake: Path) -> None:
+    """SIGTERM: one line, exit code 130, results of the finished trials, and no training left behind."""
+    flags = ["--cfg", "x.yaml", "--epochs", "40", "--trials", "99", "--no-prune"]
+    flags += ["--space", str(fake / "space.yaml"), "--project", str(fake / "tune")]
+    search = child(fake, f"run_cli(lambda: tune.main({flags!r}))")
+    found = fake / "tune/exp/best_hyp.yaml"
+    deadline = time.monotonic() + 120
+    while not found.is_file() and search.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    search.terminate()
+    assert search.wait(timeout=60) == 130 and search.stderr is not None
+    assert "interrupted" in search.stderr.read() and load_hyp(found).lr0 > 0
+    with open(fake / "tune/exp/trials.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) >= 1
+    begun = sorted((fake / "tune/exp").glob("trial*/pid"))
+    for pid in begun:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.read_text()), 0)
+    assert len(begun) >= 1
+
+
 def test_processes_share_a_study(fake: Path) -> None:
-    program = (
-        f"import sys; sys.path.insert(0, {str(Path(tune.__file__).parent)!r}); import tune; from pathlib import Path;"
-        f"tune.HERE = Path({str(fake)!r}); tune.run(**{options(fake, sampler='random-grid', trials=5, prune=False)!r})"
-    )
     tune.run(**options(fake, sampler="random-grid", trials=1, prune=False))
-    children = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(2)]
+    call = f"tune.run(**{options(fake, sampler='random-grid', trials=5, prune=False)!r})"
+    children = [child(fake, call) for _ in range(2)]
     assert [child.wait(timeout=120) for child in children] == [0, 0]
     with open(fake / "tune/exp/trials.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) >= 5

@@ -71,6 +71,8 @@ class Metadata:
             k: tuple(v) if k in LISTS and isinstance(v, list) else v for k, v in data.items() if k in FIELDS
         }
         damaged = [key for key, fine in FIELDS.items() if key not in known or not fine(known[key])]
+        if known.get("task") == "detect" and known.get("strides") == ():
+            damaged.append("strides")
         if damaged:
             raise UserError(f"{source}: its metadata is damaged ({', '.join(damaged)}); export the file again")
         return cls(**known)
@@ -81,7 +83,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _are_counts(value: Any) -> bool:
-    return isinstance(value, tuple) and bool(value) and all(map(_is_count, value))
+    return isinstance(value, tuple) and all(map(_is_count, value))
 
 
 def _is_text(value: Any) -> bool:

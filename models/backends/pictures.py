@@ -16,7 +16,7 @@ from utils.data.images import read_image
 from utils.data.listing import list_images
 from utils.data.scenes import draw_scene
 from utils.data.spec import load_data
-from utils.ops.letterbox import letterbox_geometry, letterbox_image, resize
+from utils.ops.letterbox import letterbox_geometry, letterbox_image
 
 Source = Path | int  # a file, or the number of a drawn scene
 
@@ -74,12 +74,12 @@ def read(source: Source, metadata: Metadata) -> np.ndarray:
 
 
 def network_image(image: np.ndarray, metadata: Metadata) -> Tensor:
-    """A picture as the network takes it, float [C, H, W]: letterboxed (detection) or cropped to the middle."""
+    """A picture as the network takes it, float [C, H, W]: letterboxed (detection) or the middle square."""
     hw = metadata.imgsz
     if metadata.task == "detect":
         fitted = letterbox_image(image, letterbox_geometry(image.shape[:2], hw))
     else:
-        fitted = center_crop(image, hw[0]) if hw[0] == hw[1] else resize(image, hw)
+        fitted = center_crop(image, hw[0])
     fitted = _channels(fitted, metadata.channels)
     return (torch.from_numpy(np.ascontiguousarray(fitted)).permute(2, 0, 1).float() / 255).contiguous()
 

@@ -186,7 +186,7 @@ def refuse_changed(config: Any, allowed: Collection[str], where: str) -> None:
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
-    """Run a verb as a program: a UserError becomes one line on stderr and exit code 1."""
+    """Run a verb as a program: a UserError becomes one line on stderr and exit code 1, an interrupt 130."""
     try:
         code = main()
     except UserError as error:
@@ -194,4 +194,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         code = 1
     except BrokenPipeError:
         code = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        code = 130
     sys.exit(code or 0)

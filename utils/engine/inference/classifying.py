@@ -26,9 +26,9 @@ class Classification:
         """Class name of place `i`."""
         return self.names[int(self.cls[i])]
 
-    def labels(self) -> list[str]:
-        """`cat 0.91` for each place."""
-        return [f"{self.name(i)} {self.conf[i]:.2f}" for i in range(len(self.cls))]
+    def labels(self, with_conf: bool = True) -> list[str]:
+        """`cat 0.91`, or only `cat`, for each place."""
+        return [f"{self.name(i)} {self.conf[i]:.2f}" if with_conf else self.name(i) for i in range(len(self.cls))]
 
     def summary(self) -> str:
         """`cat 0.91, dog 0.05, ...`."""

@@ -41,7 +41,7 @@ def detection_forms(style: Style, save_conf: bool = False) -> Forms:
 def class_forms(style: Style) -> Forms:
     """The forms of `Classification`."""
     return Forms(
-        lambda image, found: image if style.hide_labels else draw_lines(image, found.labels()),
+        lambda image, found: image if style.hide_labels else draw_lines(image, found.labels(not style.hide_conf)),
         lambda frame, found: [f"{p:.4f} {found.name(i)}" for i, p in enumerate(found.conf)],
         CLASS_HEADER,
         lambda frame, found: [[*_first(frame, found, i), *_when(frame), i + 1] for i in range(len(found.cls))],

@@ -1,5 +1,6 @@
 """The value that the Python API gives back: detections of one or more pictures, in the forms that people ask for."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from utils.core.log import LOGGER
 from utils.data.frames import Frame
 from utils.engine.figures.draw import Style, annotate
 from utils.engine.inference.records import detection_forms
-from utils.engine.inference.writers import CropWriter, PictureWriter, crop, refuse_overwrite
+from utils.engine.inference.writers import CropWriter, PictureWriter, crop, refuse_overwrite, write_all
 from utils.engine.speed import speed_line
 from utils.ops.boxes import xyxy_to_cxcywh
 from utils.ops.detections import Detections
@@ -124,7 +125,7 @@ class Results:
         folder = self._folder(save_dir, exist_ok)
         writer = PictureWriter(folder, detection_forms(Style(hide_labels=not labels)))
         for frame, d in zip(self._frames(), self.detections, strict=True):
-            writer.write(frame, d)
+            write_all([writer], folder, frame, d)
         writer.close()
         LOGGER.info(f"Saved {len(self)} picture{'s' if len(self) != 1 else ''} to {folder}")
         return folder
@@ -137,7 +138,7 @@ class Results:
             folder = self._folder(save_dir, exist_ok)
             writer = CropWriter(folder, self.names)
             for frame, d in zip(self._frames(), self.detections, strict=True):
-                writer.write(frame, d)
+                write_all([writer], folder, frame, d)
             LOGGER.info(f"Saved {sum(map(len, self.detections))} crops to {folder / 'crops'}")
         return [
             {
@@ -182,7 +183,7 @@ class Results:
 
     def _folder(self, save_dir: str | Path | None, exist_ok: bool) -> Path:
         target = Path(save_dir) if save_dir is not None else Path("runs/detect/exp")
-        refuse_overwrite(target, [Path(file) for file in self.files if Path(file).is_file()])
+        refuse_overwrite(target, [Path(file) for file in self.files if os.path.isfile(file)])
         return increment_path(target.parent, target.name, exist_ok)
 
 

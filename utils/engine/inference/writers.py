@@ -33,6 +33,15 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
+def write_all(writers: Sequence[Writer], folder: Path | None, frame: Frame, result: Any) -> None:
+    """One frame to every writer; a full disk, a missing right or an impossible name is a UserError."""
+    try:
+        for writer in writers:
+            writer.write(frame, result)
+    except OSError as error:
+        raise UserError(f"cannot write the results to '{folder}': {error.strerror or error}") from error
+
+
 def refuse_overwrite(folder: Path, files: Sequence[Path]) -> None:
     """UserError when `folder` holds one of the source files, at any depth: results must not land among them."""
     home = folder.resolve()
