@@ -92,9 +92,10 @@ class ExportJob:
             axes[3] = stride * torch.export.Dim("columns", max=8192 // stride)
         return {"images": axes} if axes else None
 
-    def module(self, with_nms: bool = True) -> "DeployGraph":
+    def module(self, *, with_nms: bool = True, channels_last: bool = False) -> "DeployGraph":
         """The module to trace, in float16 inside where the file shall be; the job's network stays as it is."""
-        return DeployGraph(self.model, half=self.half, nms=self.nms if with_nms else None).eval()
+        nms = self.nms if with_nms else None
+        return DeployGraph(self.model, half=self.half, nms=nms, channels_last=channels_last).eval()
 
 
 def nms_dict(nms: NmsSettings | None) -> dict | None:
@@ -120,19 +121,26 @@ def shrink(model: nn.Module, dtype: torch.dtype = torch.float16) -> None:
 class DeployGraph(nn.Module):
     """Images float32 [B, 3, H, W] -> output0 [B, N, 5 + nc], or logits [B, nc], or boxes, scores, labels. All float32.
 
-    With `half` the convolutions compute in float16 between two casts; decoding and NMS stay float32.
+    With `half` the convolutions compute in float16 between two casts; decoding and NMS stay float32. `channels_last` is
+    for files that PyTorch runs, whose convolutions are faster in that layout.
     """
 
-    def __init__(self, model: Network, *, half: bool = False, nms: NmsSettings | None = None):
+    def __init__(
+        self, model: Network, *, half: bool = False, nms: NmsSettings | None = None, channels_last: bool = False
+    ):
         super().__init__()
         self.model = copy.deepcopy(model) if half else model
         self.half_inside = half
+        self.channels_last = channels_last
         if half:
             shrink(self.model)
         self.nms = GraphNms(nms, model.nc) if nms is not None else None
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        outputs = self.model(images.half() if self.half_inside else images)
+        images = images.half() if self.half_inside else images
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        outputs = self.model(images)
         if not isinstance(self.model, DetectionModel):
             return outputs.float()
         decoded = self.model.decode([m.float() for m in outputs])

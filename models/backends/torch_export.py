@@ -45,7 +45,9 @@ SIZE_WORD = re.compile(r"[suz]\d+|\d+")
 def export(job: ExportJob) -> Path:
     """Writes the exported program, with as many dynamic axes as asked for. The network's own device is kept."""
     with torch.no_grad():
-        program = torch.export.export(job.module(), (job.example(),), dynamic_shapes=job.dynamic_shapes(), strict=False)
+        program = torch.export.export(
+            job.module(channels_last=True), (job.example(),), dynamic_shapes=job.dynamic_shapes(), strict=False
+        )
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # names folders of this machine
     with atomic_write(job.path) as file:

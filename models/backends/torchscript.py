@@ -17,7 +17,7 @@ METADATA_FILE = "yolov5_spd.json"
 
 def export(job: ExportJob) -> Path:
     """Traces the network; the trace runs on the kind of device it was made on."""
-    module = job.module()
+    module = job.module(channels_last=True)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the deprecation of TorchScript, and constants that a fixed size makes
         traced = torch.jit.trace(module, job.example(), check_trace=False, strict=False)
