@@ -20,6 +20,7 @@ from models.backends.pictures import Pictures, choose
 from models.backends.pytorch import PyTorchPredictor
 from models.backends.verify import TOLERANCES, Difference, compare, milliseconds
 from models.fusion import fuse
+from models.graph import check_size
 from models.weights import LoadedModel, load_model
 from utils.core.config import config_dict, config_from_kwargs, option, parse_config, refuse_changed, run_cli
 from utils.core.device import select_device
@@ -255,9 +256,7 @@ def describe(loaded: LoadedModel, cfg: ExportConfig, nms: NmsSettings | None) ->
         raise UserError(f"--batch-size {cfg.batch_size}; expected 1 or more")
     size = pair(cfg.imgsz or meta.get("imgsz") or 640)
     stride = model.max_stride
-    if min(size) < stride or any(v % stride for v in size):
-        near = sorted({max(v // stride, 1) * stride for v in size} | {max(-(-v // stride), 1) * stride for v in size})
-        raise UserError(f"--imgsz {size[0]} {size[1]} is not a multiple of the stride {stride}; usable nearby: {near}")
+    check_size(size, stride)
     if model.task == "classify" and size[0] != size[1]:
         raise UserError(f"--imgsz {size[0]} {size[1]}; expected one side, since a classifier sees squares")
     return Metadata(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models import build_model
+from models.graph import check_size
 from models.summary import Summary, summarize
 from models.weights import load_model
 from utils.core.config import config_from_kwargs, option, parse_config, run_cli
@@ -49,14 +50,7 @@ def _size(given: Sequence[int], default: int, stride: int) -> tuple[int, int]:
     if len(sizes) > 2 or any(s < 1 for s in sizes):
         raise UserError(f"--imgsz is {sizes}; expected one number, or height and width, in pixels")
     height, width = sizes[0], sizes[-1]
-    odd = [s for s in (height, width) if s % stride]
-    if odd:
-        down, up = odd[0] // stride * stride, -(-odd[0] // stride) * stride
-        nearest = f"{down} and {up}" if down else str(up)
-        raise UserError(
-            f"image size {odd[0]} is not a multiple of the model's largest stride {stride};"
-            f" the nearest usable sizes are {nearest}"
-        )
+    check_size((height, width), stride)
     return height, width
 
 

@@ -21,6 +21,8 @@ from models.spd import replace_strides
 from models.weights import LoadedModel, Transfer, transfer
 from models.yolo import DetectionModel
 
+EQUAL = 1e-4  # of the outputs' magnitude: what rounding in float32 explains
+
 __all__ = ["Initialization", "NotConvertible", "convert_to_spd", "initialise", "replace_strides"]
 
 
@@ -58,6 +60,11 @@ def initialise(model: Network, loaded: LoadedModel) -> Initialization:
         if acts[0] != acts[1]:
             whole = False
             lines.append(f"activations: {', '.join(acts[0])}, those of the source are {', '.join(acts[1])}")
+    elif model.task == source.task == "classify":
+        _take_normalization(model, source, lines)
+    if whole:
+        whole, measured = _measured(source, model)
+        lines += [] if whole else [f"not the same function: {measured}"]
     return Initialization("copy" if whole else "transfer", whole, tuple(lines), result)
 
 
@@ -84,7 +91,8 @@ def _converted(source: DetectionModel, dst_model: DetectionModel, plan: Plan) ->
         lines += [str(result), *_named(result)]
     exact = _take_anchors(dst_model, source, lines) and _is_whole(result) and not plan.approximate
     if exact:
-        lines.append(_measured(source, dst_model))
+        exact, measured = _measured(source, dst_model)
+        lines.append(measured if exact else f"not the same function: {measured}")
     lines.append("in training mode BatchNorm sees more positions than in the source, so training does not start equal")
     return Initialization("conversion", exact, tuple(lines), result)
 
@@ -168,15 +176,29 @@ def _take_anchors(model: DetectionModel, source: DetectionModel, lines: list[str
     return True
 
 
-def _measured(source: DetectionModel, target: DetectionModel) -> str:
-    """The largest difference of the two networks' raw outputs on one image of noise."""
-    side = 2 * max(source.max_stride, target.max_stride)
+def _take_normalization(model: Any, source: Any, lines: list[str]) -> None:
+    """Take the source's mean and deviation, unless the model's YAML has its own."""
+    own, other = ((m.cfg["mean"], m.cfg["std"]) for m in (model, source))
+    if own == other or len(own[0]) != len(other[0]):
+        return
+    if any(own[0]):
+        lines.append("normalization: the model's own, which differs from the source's")
+    else:
+        model.set_normalization(*other)
+        lines.append("normalization: the source's, which its weights were trained with")
+
+
+def _measured(source: Network, target: Network) -> tuple[bool, str]:
+    """Whether the two networks' raw outputs agree on one image of noise, and by how much they differ."""
+    side = 8 * max(source.max_stride, target.max_stride)
     device, training = next(target.parameters()).device, target.training
     image = torch.rand(1, source.cfg["ch"], side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = source(image)
-        found = target.eval()(image.to(device))
+        expected, found = source.eval()(image), target.eval()(image.to(device))
     target.train(training)
+    if isinstance(expected, Tensor):
+        expected, found = [expected], [found]
     difference = max(float((a - b.cpu()).abs().max()) for a, b in zip(expected, found, strict=True))
     magnitude = max(float(a.abs().max()) for a in expected)
-    return f"raw outputs differ by at most {difference:.1e} at magnitude {magnitude:.1f} (eval mode, an image of noise)"
+    text = f"raw outputs differ by at most {difference:.1e} at magnitude {magnitude:.1f} (eval mode, an image of noise)"
+    return difference <= EQUAL * magnitude, text

@@ -67,6 +67,17 @@ class Network(nn.Module):
         return ()
 
 
+def check_size(sides: Sequence[int], stride: int) -> None:
+    """UserError for the first side of an image that is not a multiple of the model's largest stride."""
+    for side in sides:
+        if side < stride or side % stride:
+            low = side // stride * stride
+            usable = f"sizes are {low} and {low + stride}" if low > 0 else f"size is {stride}"
+            raise UserError(
+                f"image size {side} is not a multiple of the model's largest stride {stride}; nearest usable {usable}"
+            )
+
+
 def run_rows(rows: Sequence[Row], layers: nn.Sequential, x: Tensor) -> Any:
     """The output of the last row for images [B, C, H, W]; an output is held only as long as a later row needs it."""
     last_use = {source: position for position, row in enumerate(rows) for source in row.sources}

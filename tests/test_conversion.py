@@ -16,7 +16,7 @@ from models.weights import LoadedModel, load_model, pack_model
 from models.yolo import DetectionModel
 from utils.core.checkpoint import save_checkpoint
 from utils.core.errors import UserError
-from utils.core.yamls import load_yaml
+from utils.core.yamls import dump_yaml, load_yaml
 
 
 def network(cfg: str, nc: int = 4, **changes: Any) -> DetectionModel:
@@ -244,3 +244,30 @@ def test_conversion_leaves_the_source_alone() -> None:
     assert all(torch.equal(before[k], v) for k, v in a.state_dict().items())
     x = image()
     assert all(torch.equal(p, q) for p, q in zip(a(x), functional_call(a, before, (x,)), strict=True))
+
+
+def test_exact_is_measured_not_presumed(tmp_path: Path) -> None:
+    """The same tensors in a graph that computes something else with them."""
+    cfg = load_yaml(find_cfg("yolov5n"))
+    other = [[row[0], row[1], row[2], [1024, 9]] if row[2] == "SPPF" else row for row in cfg["backbone"]]
+    copied = start(network("yolov5n"), network("yolov5n", backbone=other))
+    assert not copied.exact and copied.kind == "transfer" and "not the same function" in copied.lines[-1]
+    spd = load_yaml(find_cfg("yolov5-spd-n"))
+    without = [[*row[:3], [*row[3], False]] if row[2] == "C3" else row for row in spd["backbone"]]
+    converted = start(network("yolov5n"), network("yolov5-spd-n", backbone=without))
+    assert not converted.exact and any("not the same function" in line for line in converted)
+
+
+def test_a_classifier_keeps_the_normalization_of_its_weights(tmp_path: Path) -> None:
+    source = build_model({**load_yaml(find_cfg("resnet18")), "width_multiple": 0.125}, nc=3).eval()
+    source.set_normalization([0.4] * 3, [0.2] * 3)
+    save_checkpoint(tmp_path / "a.pt", pack_model(source, ["a", "b", "c"], 32))
+    bare = {**load_yaml(find_cfg("resnet18")), "width_multiple": 0.125}
+    for own, exact in (({}, True), ({"mean": [0.5] * 3, "std": [0.3] * 3}, False)):
+        dump_yaml(tmp_path / "net.yaml", {**bare, **own})
+        cfg = str(tmp_path / "net.yaml")
+        report = convert.run(weights=tmp_path / "a.pt", cfg=cfg, output=tmp_path / "b.pt", exist_ok=True)
+        assert report.exact == exact and any("normalization: the" in line for line in report.lines)
+        x = torch.rand(2, 3, 32, 32)
+        with torch.no_grad():
+            assert torch.equal(load_model(tmp_path / "b.pt").model.eval()(x), source(x)) == exact

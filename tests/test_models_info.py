@@ -54,5 +54,5 @@ def test_verb_takes_classifiers_and_checkpoints(tmp_path: object, capsys: pytest
 
 
 def test_sizes_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(UserError, match="multiple of the model's largest stride 32; the nearest usable sizes are 224"):
+    with pytest.raises(UserError, match="multiple of the model's largest stride 32; nearest usable sizes are 224"):
         info.main(["yolov5-spd-n", "--imgsz", "250"])

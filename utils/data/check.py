@@ -25,21 +25,24 @@ SHOWN_CLASSES = 100
 def object_sizes(index: LabelIndex, imgsz: int) -> tuple[np.ndarray, np.ndarray]:
     """Width and height [m, 2] of every object that is learned from, in original pixels and resized to `imgsz`."""
     keep = ~index.crowd
-    sizes = (index.boxes[:, 2:] - index.boxes[:, :2])[keep]
+    boxes = index.boxes[keep].astype(np.float64)
+    sizes = boxes[:, 2:] - boxes[:, :2]
     scale = imgsz / np.maximum(index.shapes.max(1), 1)
-    owners = np.repeat(np.arange(len(index)), np.diff(index.offsets))[keep]
-    return sizes, sizes * scale[owners, None]
+    return sizes, sizes * scale[index.image_of_box[keep], None]
 
 
-def digest(index: LabelIndex, imgsz: int) -> list[str]:
-    """Three lines: counts, class balance, and boxes that nearly vanish at the network's size."""
+def digest(index: LabelIndex, imgsz: int, network: np.ndarray | None = None) -> list[str]:
+    """Three lines: counts, class balance, and boxes that nearly vanish at the network's size.
+
+    `network` are the sizes [m, 2] of the objects there, where the network sees something else than whole images.
+    """
     report = index.report
     counts = np.bincount(index.cls[~index.crowd], minlength=index.nc)
     background = report.used - report.labeled
     first = f"{report.used:,} images ({background:,} without a box), {report.boxes:,} boxes of {index.nc} classes"
     if report.images > report.used:
         first += f"; {report.images - report.used:,} images left out"
-    _, network = object_sizes(index, imgsz)
+    network = object_sizes(index, imgsz)[1] if network is None else network
     shorter = network.min(1) if len(network) else np.zeros(0)
     tiny = ", ".join(f"{_share(int((shorter < px).sum()), len(shorter))} under {px} px" for px in TINY)
     median = f"; median {np.median(network[:, 0]):.0f} x {np.median(network[:, 1]):.0f} px" if len(network) else ""

@@ -62,8 +62,7 @@ def _sizes(axis: Any, indices: dict[str, LabelIndex], imgsz: int) -> None:
 
 def _centers(axis: Any, split: str, index: LabelIndex) -> None:
     keep = ~index.crowd
-    owners = np.repeat(np.arange(len(index)), np.diff(index.offsets))[keep]
-    centers = (index.boxes[keep, :2] + index.boxes[keep, 2:]) / 2 / index.shapes[owners][:, ::-1]
+    centers = (index.boxes[keep, :2] + index.boxes[keep, 2:]) / 2 / index.shapes[index.image_of_box[keep]][:, ::-1]
     axis.hist2d(centers[:, 0], centers[:, 1], bins=50, range=((0, 1), (0, 1)), cmap="magma")
     axis.invert_yaxis()
     axis.set_title(f"centers of the boxes, {split}")

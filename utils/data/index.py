@@ -26,6 +26,7 @@ from utils.data.listing import label_path, list_images, list_voc
 from utils.data.problems import LEFT_OUT, USED, Problem, Report, refuse
 from utils.data.scan import SMALL, SMALL_TO_VERIFY, Header, Job, Packer, Scan, scan
 from utils.data.spec import DataSpec
+from utils.ops.polygons import owners
 
 SCHEMA = 3  # to be raised whenever what is read or how it is packed changes
 _LABEL_KINDS = ("label-", "box-", "coco-record", "coco-reference", "voc-")
@@ -56,6 +57,11 @@ class LabelIndex:
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+    @property
+    def image_of_box(self) -> np.ndarray:
+        """Image number of every object, int64 [m]."""
+        return owners(np.diff(self.offsets))
 
     @property
     def nc(self) -> int:

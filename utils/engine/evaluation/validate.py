@@ -117,7 +117,7 @@ class ModelPredictor:
     ):
         self.model = model.eval()
         self.names = list(names)
-        self.strides = list(model.strides)
+        self.strides, self.max_stride = list(model.strides), model.max_stride
         self.device = torch.device(device)
         self.amp = amp
 

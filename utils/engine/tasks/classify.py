@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.graph import Network
+from models.graph import Network, check_size
 from models.weights import pack_model
 from utils.core.device import loader_workers
 from utils.core.dist import Dist
@@ -62,13 +62,7 @@ class ClassifyTask:
 
     def _check_options(self) -> None:
         config = self.config
-        stride = self.model.max_stride
-        if config.imgsz % stride:
-            low = max(config.imgsz // stride, 1) * stride
-            raise UserError(
-                f"image size {config.imgsz} is not a multiple of the model's largest stride {stride}; nearest usable "
-                f"sizes are {low} and {low + stride}"
-            )
+        check_size([config.imgsz], self.model.max_stride)
         if config.single_cls:
             raise UserError("--single-cls leaves a classifier nothing to tell apart; remove it")
         note_unused(config.cache, config.slice)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.graph import Network
+from models.graph import Network, check_size
 from models.weights import pack_model
 from models.yolo import DetectionModel
 from utils.core.device import loader_workers
@@ -17,11 +17,12 @@ from utils.core.dist import Dist
 from utils.core.errors import UserError
 from utils.core.hyp import Hyp
 from utils.core.log import LOGGER
-from utils.data.check import digest
+from utils.data.check import digest, object_sizes
 from utils.data.dataset import DetectionDataset
 from utils.data.index import LabelIndex, build_index
 from utils.data.loader import Batch, EvalLoader, TrainLoader
 from utils.data.spec import DataSpec
+from utils.engine.evaluation.evaluate import EvalPlan, evaluate
 from utils.engine.evaluation.report import table, write_report
 from utils.engine.evaluation.validate import ModelPredictor, ValSettings, to_float, validate
 from utils.engine.figures.pictures import BatchPictures, draw_train_batch
@@ -51,23 +52,24 @@ class DetectTask:
         self.workers = loader_workers(config.workers, config.batch_size)
         self.names: list[str] = ["item"] if config.single_cls else list(spec.names)
         self.stride = model.max_stride
-        check_size(config.imgsz, self.stride)
+        check_size([config.imgsz], self.stride)
         self.train_index = dist.main_first(lambda: self._index("train"))
         self.val_index = dist.main_first(lambda: self._index("val"))
         if not len(self.val_index):
             raise UserError(f"{spec.yaml}: the validation set has no images; give `val:` a folder with images")
         self.train_index.require_labels(spec.yaml)
         self.val_index.require_labels(f"{spec.yaml}, split val")
-        for line in digest(self.train_index, config.imgsz):
-            LOGGER.info(line)
         slices = (config.slice, config.overlap) if config.slice else None
         self.dataset = DetectionDataset(
             self.train_index, config.imgsz, hyp, augment=True, seed=config.seed, rect=config.rect,
             stride=self.stride, cache=config.cache, slices=slices,
         )  # fmt: skip
         self.samples = len(self.dataset)
+        sizes = self._object_sizes()
+        for line in digest(self.train_index, config.imgsz, sizes):
+            LOGGER.info(line)
         if not (config.noautoanchor or config.resume):
-            self._fit_anchors()
+            self._fit_anchors(sizes)
         self.criterion = DetectionLoss(model.anchors, model.strides, len(self.names), hyp, config.imgsz)
         self._eval_loader: EvalLoader | None = None
 
@@ -77,12 +79,16 @@ class DetectTask:
             self.spec, split, policy=config.label_policy, single_cls=config.single_cls, rebuild=config.rebuild_cache
         )
 
-    def _fit_anchors(self) -> None:
-        """Fit anchors to the boxes at network size where the model's own would miss some."""
-        hw = self.train_index.shapes[image_of_box(self.train_index)].astype(np.float64)
-        gain = self.imgsz / np.maximum(hw.max(1, keepdims=True), 1)
-        boxes = self.train_index.boxes.astype(np.float64)
-        wh = (boxes[:, 2:] - boxes[:, :2])[~self.train_index.crowd] * gain[~self.train_index.crowd]
+    def _object_sizes(self) -> np.ndarray:
+        """Width and height [m, 2] in network pixels of the objects that are learned from; with --slice in each tile."""
+        if not self.config.slice:
+            return object_sizes(self.train_index, self.imgsz)[1]
+        gains = self.imgsz / self.dataset.shapes.max(1)
+        boxes = np.concatenate([self.dataset.objects(i).xyxy * gain for i, gain in enumerate(gains)])
+        return boxes[:, 2:] - boxes[:, :2]
+
+    def _fit_anchors(self, wh: np.ndarray) -> None:
+        """Fit anchors to sizes [m, 2] in network pixels where the model's own would miss some."""
         counted = bool(self.model.cfg.get("anchors_from_data"))
         own = self.model.anchors.cpu().numpy()
         check = check_anchors(wh, own, self.hyp.anchor_t, self.config.seed, force=counted)
@@ -112,7 +118,7 @@ class DetectTask:
             classes = (self.dataset.objects(i).cls.astype(int) for i in range(self.samples))
             return np.array([class_weights[own].sum() for own in classes])
         sums = np.zeros(self.samples)
-        np.add.at(sums, image_of_box(self.train_index), class_weights[self.train_index.cls])
+        np.add.at(sums, self.train_index.image_of_box, class_weights[self.train_index.cls])
         return sums
 
     def images(self, batch: Batch, device: torch.device, epoch: int, step: int) -> Tensor:
@@ -146,10 +152,19 @@ class DetectTask:
         predictor = ModelPredictor(model, self.names, device=dist.device, amp=amp)
         criterion = DetectionLoss(model.anchors, model.strides, len(self.names), self.hyp, config.imgsz)
         pictures = BatchPictures(folder, self.names) if folder and not config.noplots else None
-        result = validate(
-            predictor, self._validation_loader(), self.val_index, self.names, self._settings, dist,
-            loss=criterion, on_batch=pictures,
-        )  # fmt: skip
+        common = (self.val_index, self.names)
+        if config.slice:  # as val.py --slice does; losses are of whole images
+            plan = EvalPlan(
+                (config.imgsz,) * 2,
+                config.batch_size * 2,
+                self.workers,
+                slice_size=config.slice,
+                overlap=config.overlap,
+            )
+            result = evaluate(predictor, *common, plan, self._settings, dist, on_batch=pictures)
+        else:
+            loader = self._validation_loader()
+            result = validate(predictor, loader, *common, self._settings, dist, loss=criterion, on_batch=pictures)
         numbers = {column: float(result.metrics[key]) for column, key in METRICS.items()}
         numbers |= {f"val/{name}_loss": value for name, value in result.loss.items()}
         scores = [float(np.nan_to_num(row["AP"])) for row in result.metrics["per_class"]]
@@ -179,25 +194,10 @@ class DetectTask:
 
     def start_pictures(self, folder: Path) -> None:
         index = self.train_index
-        plot_labels(index.cls, index.boxes, index.shapes[image_of_box(index)], self.names, folder / "labels.jpg")
+        plot_labels(index.cls, index.boxes, index.shapes[index.image_of_box], self.names, folder / "labels.jpg")
 
     def batch_picture(self, batch: Batch, path: Path) -> None:
         draw_train_batch(batch, self.names, path)
 
     def pack(self, model: Network) -> dict[str, Any]:
         return pack_model(model, self.names, self.imgsz, data=str(self.spec.yaml.name))
-
-
-def check_size(imgsz: int, stride: int) -> None:
-    """Refuse an image size that the strides do not divide."""
-    if imgsz % stride or imgsz < stride:
-        low = max(imgsz // stride, 1) * stride
-        raise UserError(
-            f"image size {imgsz} is not a multiple of the model's largest stride {stride}; nearest usable sizes are "
-            f"{low} and {low + stride}"
-        )
-
-
-def image_of_box(index: LabelIndex) -> np.ndarray:
-    """Image number of every box of an index, int64 [m]."""
-    return np.repeat(np.arange(len(index)), np.diff(index.offsets))
