@@ -17,7 +17,7 @@ from utils.core.config import config_dict, config_from_kwargs, option, parse_con
 from utils.core.device import select_device
 from utils.core.dist import Dist
 from utils.core.errors import UserError
-from utils.core.files import increment_path
+from utils.core.files import increment_path, short_names
 from utils.core.log import LOGGER
 from utils.data.frames import safe_name
 from utils.data.images import read_image
@@ -33,6 +33,7 @@ from utils.engine.evaluation.report import write_json
 from utils.engine.evaluation.validate import ValSettings, detection_limit
 from utils.engine.inference.predict import check_bounds, combine, network_size
 from utils.engine.options import (
+    NMS_INSIDE,
     LabelOptions,
     MetricOptions,
     PredictorOptions,
@@ -104,6 +105,7 @@ class Sides:
     stem: Callable[[int], str]
     max_det: int | None = None  # most detections per image; None where they come from files
     sizes: tuple[tuple[int, int], ...] = ()  # network height and width of A and B; empty where they come from files
+    nms: tuple[dict[str, Any] | None, ...] = ()  # that inside the model files, if any
 
 
 def from_files(cfg: CompareConfig) -> Sides:
@@ -137,6 +139,8 @@ def from_models(cfg: CompareConfig, spec: DataSpec, predictors: Sequence[Predict
         raise UserError(
             f"{spec.yaml}: the {len(index)} images of '{cfg.task}:' have no labels; there is nothing to compare by"
         )
+    if any(predictor.end2end for predictor in predictors):
+        refuse_changed(cfg, set(config_dict(cfg)) - {"iou_thres"}, NMS_INSIDE)
     metrics = MetricSettings.from_options(cfg)
     settings = ValSettings(iou_thres=cfg.iou_thres, max_det=detection_limit(cfg.max_det, metrics), metrics=metrics)
     found, truths, sizes = [], [], []
@@ -145,7 +149,7 @@ def from_models(cfg: CompareConfig, spec: DataSpec, predictors: Sequence[Predict
         sizes.append(network_size(predictor, cfg.imgsz or predictor.imgsz or predictor.metadata.imgsz))
         plan = EvalPlan(sizes[-1], cfg.batch_size, cfg.workers, True, cfg.slice, cfg.overlap)
         model = combine([predictor], augment=cfg.augment)
-        result = evaluate(model, index, list(spec.names), plan, settings, dist, title=label)
+        result = evaluate(model, index, list(spec.names), plan, settings.for_file(predictor), dist, title=label)
         assert result.truth is not None
         truths.append(result.truth)
         found.append(found_from_rows(result.detections, result.truth))
@@ -158,6 +162,7 @@ def from_models(cfg: CompareConfig, spec: DataSpec, predictors: Sequence[Predict
         lambda i: safe_name(index.file(i).stem),
         settings.max_det,
         tuple(sizes),
+        tuple(predictor.metadata.nms if predictor.end2end else None for predictor in predictors),
     )
 
 
@@ -168,8 +173,7 @@ def labels_of(cfg: CompareConfig) -> list[str]:
         if len(cfg.labels) != 2:
             raise UserError(f"--labels names {len(cfg.labels)} models; expected two")
         return list(cfg.labels)
-    stems = [Path(f).stem for f in files]
-    return stems if stems[0] != stems[1] else [str(f) for f in files]
+    return short_names(files)
 
 
 def check(cfg: CompareConfig) -> None:
@@ -216,7 +220,13 @@ def compare(cfg: CompareConfig) -> CompareReport:
         "B": {"name": names[1], "file": files[1], **metrics_b},
         "difference": {key: interval.as_dict() for key, interval in intervals.items()},
         "pictures": [],
-        "settings": {**config_dict(cfg), "max_det": sides.max_det, "imgsz": sides.sizes, **settings.as_dict()},
+        "settings": {
+            **config_dict(cfg),
+            "max_det": sides.max_det,
+            "imgsz": sides.sizes,
+            "nms_inside": sides.nms,
+            **settings.as_dict(),
+        },
     }
     write_json(folder / "compare.json", content)
     LOGGER.info(comparison_table(names, (metrics_a, metrics_b), intervals))

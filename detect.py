@@ -32,7 +32,7 @@ from utils.engine.inference.writers import (
     require_gui,
     write_all,
 )
-from utils.engine.options import NO_WEIGHTS, PredictorOptions, RunFolderOptions, check_overlap
+from utils.engine.options import NMS_INSIDE, NO_WEIGHTS, PredictorOptions, RunFolderOptions, check_overlap
 from utils.engine.speed import speed_line
 from utils.ops.detections import Detections
 
@@ -142,8 +142,7 @@ def build_runner(cfg: DetectConfig) -> Runner:
 def detector(cfg: DetectConfig, predictors: list[Predictor]) -> Detector:
     """Detection with all that the flags ask for."""
     if any(predictor.end2end for predictor in predictors):
-        useless = {"iou_thres", "agnostic_nms"}
-        refuse_changed(cfg, set(config_dict(cfg)) - useless, "with a file that has its NMS inside")
+        refuse_changed(cfg, set(config_dict(cfg)) - {"iou_thres", "agnostic_nms"}, NMS_INSIDE)
     settings = PredictSettings(
         imgsz=tuple(cfg.imgsz) or predictors[0].imgsz or predictors[0].metadata.imgsz,
         conf_thres=cfg.conf_thres,

@@ -8,7 +8,7 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -285,9 +285,7 @@ def measure_on(data: str, metadata: Metadata) -> Measure:
     plan = EvalPlan(imgsz=metadata.imgsz, batch_size=max(metadata.batch, 8), workers=0, rect=False)
 
     def measure(predictor: Predictor, nms: NmsSettings | None) -> dict[str, float]:
-        settings = ValSettings()
-        if nms is not None:
-            settings = ValSettings(nms.conf_thres, nms.iou_thres, nms.max_det, nms.agnostic, multi_label=False)
+        settings = ValSettings() if nms is None else ValSettings().inside(asdict(nms))
         result = evaluate(predictor, index, list(index.names), plan, settings, Dist.single(predictor.device))
         return {key: float(result.metrics[key]) for key in ("AP", "AP50", "AP_S")}
 

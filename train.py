@@ -30,9 +30,9 @@ from utils.engine.tasks.classify import ClassifyTask
 from utils.engine.tasks.detect import DetectTask
 from utils.engine.training.autobatch import measure_batch_size
 from utils.engine.training.runs import find_resume, open_run, resumed_config
-from utils.engine.training.settings import RETIRED, TrainConfig
+from utils.engine.training.settings import RETIRED, TrainConfig, precision
 from utils.engine.training.sinks import Sinks, open_sinks
-from utils.engine.training.trainer import EXIT_INTERRUPTED, Interrupted, Trainer, precision, set_determinism
+from utils.engine.training.trainer import EXIT_INTERRUPTED, Interrupted, Trainer, set_determinism
 
 PRESET_HYP = {"v6.0": "hyp.scratch.yaml", "v7.0": "hyp.scratch-low.yaml"}
 TASKS = {"detect": DetectTask, "classify": ClassifyTask}
@@ -113,17 +113,25 @@ def train(config: TrainConfig, dist: Dist, given: set[str]) -> TrainResult:
             config = replace(config, batch_size=dist.broadcast(fits) * dist.world_size)
     freeze(model, frozen_layers(config.freeze))
     task: Task = TASKS[model.task](model, spec, config, hyp, dist)  # type: ignore[index]
-    folder = folder or open_run(config, dist)
-    trainer = Trainer(task, config, hyp, dist, folder, origin)
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
-        LOGGER.info(f"resuming {path} at epoch {trainer.progress.epoch}, step {trainer.progress.step}")
+    try:
+        folder = folder or open_run(config, dist)
+        trainer = Trainer(task, config, hyp, dist, folder, origin)
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+            LOGGER.info(f"resuming {path} at epoch {trainer.progress.epoch}, step {trainer.progress.step}")
+        fit(trainer, dist)
+        return finish(task, dist, folder, config)
+    finally:
+        task.close()
+
+
+def fit(trainer: Trainer, dist: Dist) -> None:
+    """The training loop between opening and closing the loggers."""
     sinks = start(trainer, describe(dist.device)) if dist.is_main else Sinks([])
     try:
         trainer.fit(sinks)
     finally:
         sinks.close()
-    return finish(task, dist, folder, config)
 
 
 def start(trainer: Trainer, machine: str) -> Sinks:
@@ -180,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpus = parse_device(config.device)
     if isinstance(gpus, list) and len(gpus) > 1 and not launched():
         check_gpus(config.device, gpus)
-        return relaunch(len(gpus), argv)
+        relaunch(len(gpus), argv)
     try:
         launch(config, given_options(TrainConfig, argv))
     except Interrupted:

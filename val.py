@@ -15,7 +15,7 @@ from utils.core.config import config_dict, config_from_kwargs, option, parse_con
 from utils.core.device import describe, loader_workers
 from utils.core.dist import Dist
 from utils.core.errors import UserError
-from utils.core.files import increment_path
+from utils.core.files import increment_path, short_names
 from utils.core.log import LOGGER, quiet
 from utils.data.frames import unique_names
 from utils.data.index import LabelIndex, build_index
@@ -36,6 +36,7 @@ from utils.engine.evaluation.validate import EvalResult, ValSettings, detection_
 from utils.engine.figures.pictures import BatchPictures
 from utils.engine.inference.predict import Detector, PredictSettings, check_bounds, combine, network_size, size_step
 from utils.engine.options import (
+    NMS_INSIDE,
     NO_WEIGHTS,
     LabelOptions,
     MetricOptions,
@@ -103,13 +104,15 @@ class ValReport:
     result: EvalResult | None = None
 
 
-def val_settings(cfg: ValConfig) -> ValSettings:
+def val_settings(cfg: ValConfig, predictor: Any) -> ValSettings:
     """What counts as a detection. `--task speed` times what detect.py does: its thresholds, one class a box."""
+    if predictor.end2end:
+        refuse_changed(cfg, set(config_dict(cfg)) - {"iou_thres", "agnostic_nms"}, NMS_INSIDE)
     metrics = MetricSettings.from_options(cfg)
     speed = cfg.task == "speed"
     common = PredictSettings if speed else ValSettings
     limit = PredictSettings.max_det if speed and cfg.max_det is None else detection_limit(cfg.max_det, metrics)
-    return ValSettings(
+    settings = ValSettings(
         conf_thres=common.conf_thres if cfg.conf_thres is None else cfg.conf_thres,
         iou_thres=common.iou_thres if cfg.iou_thres is None else cfg.iou_thres,
         max_det=limit,
@@ -118,6 +121,7 @@ def val_settings(cfg: ValConfig) -> ValSettings:
         single_cls=cfg.single_cls,
         metrics=metrics,
     )
+    return settings.for_file(predictor)
 
 
 def measure_predictions(cfg: ValConfig) -> ValReport:
@@ -190,7 +194,7 @@ def measure(cfg: ValConfig, dist: Dist) -> ValReport:
             "add --save-json or --save-txt to write predictions"
         )
     check_classes(predictors[0], spec.names, spec.yaml.name, cfg.single_cls)
-    plan, settings = plan_for(cfg, predictors[0]), val_settings(cfg)
+    plan, settings = plan_for(cfg, predictors[0]), val_settings(cfg, predictors[0])
     predictor = combine(predictors, augment=cfg.augment)
     folder = new_folder(cfg, dist)
     names = list(index.names)
@@ -278,7 +282,7 @@ def measure_speed(cfg: ValConfig, dist: Dist) -> ValReport:
                 "--batch-size 1 or --dynamic batch"
             )
     plan = replace(plan_for(cfg, predictors[0]), batch_size=cfg.batch_size if cfg.slice else 1, rect=False)
-    settings = val_settings(cfg)
+    settings = val_settings(cfg, predictors[0])
     index = read_labels(cfg, spec, dist, "val")
     images = list(iterate_images(index, min(cfg.runs, 100)))
     detector = Detector(combine(predictors, augment=cfg.augment), predict_settings(plan, settings))
@@ -294,12 +298,11 @@ def measure_study(cfg: ValConfig, dist: Dist) -> ValReport:
     spec = load_data(cfg.data)
     predictors = load_models(cfg, spec, dist)
     index = read_labels(cfg, spec, dist, "val")
-    settings = val_settings(cfg)
-    labels = unique_names([Path(w).stem for w in cfg.weights])
-    if len({Path(w).stem for w in cfg.weights}) < len(labels):
-        labels = [str(w) for w in cfg.weights]
+    if not len(index.cls):
+        raise UserError(f"{spec.yaml}: the {len(index)} images of 'val:' have no labels, so nothing can be measured")
     rows: list[dict[str, Any]] = []
-    for label, predictor in zip(labels, predictors, strict=True):
+    for label, predictor in zip(short_names(cfg.weights), predictors, strict=True):
+        settings = val_settings(cfg, predictor)
         check_classes(predictor, spec.names, spec.yaml.name, cfg.single_cls)
         if predictor.imgsz is not None:
             raise UserError(f"{label} was exported for one size; --task study needs a model that takes any")
@@ -313,7 +316,8 @@ def measure_study(cfg: ValConfig, dist: Dist) -> ValReport:
     if dist.is_main:
         folder = increment_path(cfg.project, cfg.name, cfg.exist_ok)
         write_study(rows, folder, figures=not cfg.noplots)
-        used = {**describe_run(cfg, plan_for(cfg, predictors[0]), dist), **settings.as_dict(), "imgsz": list(cfg.sizes)}
+        used = {**describe_run(cfg, plan_for(cfg, predictors[0]), dist), "imgsz": list(cfg.sizes)}
+        used |= val_settings(cfg, predictors[0]).as_dict()
         write_json(folder / "study.json", {"rows": rows, "settings": used})
         LOGGER.info(f"Results saved to {folder}")
     return ValReport(folder, {"study": rows})

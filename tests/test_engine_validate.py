@@ -214,7 +214,7 @@ def test_network_pixels_follow_the_letterbox():
 
 def test_model_predictor_takes_a_network_apart():
     class Net(torch.nn.Module):
-        strides = [8]
+        strides, max_stride = [8], 8
 
         def __init__(self):
             super().__init__()

@@ -12,10 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import train
+import val
 from models import build_model
 from models.weights import pack_model
 from utils.core.checkpoint import load_checkpoint, save_checkpoint
@@ -245,8 +247,6 @@ def test_a_checkpoint_outside_a_run_folder_is_not_resumed(whole, tmp_path):
 
 def test_image_weights_draw_all_tiles(scenes):
     """With --slice the weights belong to tiles, not to images."""
-    import numpy as np
-
     from utils.core.config import config_from_kwargs
     from utils.core.dist import Dist
     from utils.core.hyp import Hyp
@@ -260,6 +260,72 @@ def test_image_weights_draw_all_tiles(scenes):
     assert task.samples > 2 * len(task.train_index)
     weights = task._sample_weights(np.ones(spec.nc))
     assert weights.tolist() == [len(task.dataset.objects(i)) for i in range(task.samples)]
+
+
+def test_slices_are_what_anchors_and_fitness_go_by(tmp_path):
+    """Sizes are those in the tiles, and the epoch's AP is that of `val.py --slice`."""
+    from utils.core.config import config_from_kwargs
+    from utils.core.dist import Dist
+    from utils.core.hyp import Hyp
+    from utils.data.spec import load_data
+    from utils.engine.tasks.detect import DetectTask
+    from utils.engine.training.settings import TrainConfig
+
+    data = write_dataset(tmp_path / "large", train=6, val=3, size=256)
+    options = {**SMALL, "data": str(data), "slice": 64, "overlap": 0.5}
+    spec = load_data(data)
+    task = DetectTask(build_model("yolov5n", nc=spec.nc), spec, config_from_kwargs(TrainConfig, **options), Hyp(),
+                      Dist.single())  # fmt: skip
+    sizes, parts = task._object_sizes(), [task.dataset.objects(i).xyxy for i in range(task.samples)]
+    assert np.allclose(sizes, np.concatenate([p[:, 2:] - p[:, :2] for p in parts]))  # a tile of 64 px is seen at 64 px
+    made = train.run(**{**options, "epochs": 1}, hyp=HYP, project=tmp_path / "runs")
+    row = next(csv.DictReader((made.folder / "results.csv").open()))
+    report = val.run(weights=made.folder / "weights/last.pt", data=data, slice=64, overlap=0.5, imgsz=64, workers=0,
+                     device="cpu", project=tmp_path / "val", noplots=True)  # fmt: skip
+    assert float(row["metrics/mAP_0.5:0.95"]) == pytest.approx(report.metrics["AP"], abs=1e-4)
+    assert row["val/box_loss"] == "" and report.metrics["images"] == 3
+
+
+def test_a_stopped_run_goes_on_with_more_patience(scenes, tmp_path, capsys):
+    """And the memory of --cache ram is given back."""
+    options = {**SMALL, "epochs": 6, "patience": 1, "cache": "ram", "data": str(scenes), "project": str(tmp_path)}
+    before = set(Path("/dev/shm").glob("yolov5-spd-*"))
+    made = train.run(**options, hyp=[*HYP, "lr0=1e-9", "warmup_bias_lr=0"])
+    rows = lambda: len((made.folder / "results.csv").read_text().splitlines()) - 1  # noqa: E731
+    assert rows() == 2 and "stopping" in capsys.readouterr().out
+    last = str(made.folder / "weights" / "last.pt")
+    train.run(resume=last)
+    assert rows() == 2 and "a larger --patience lets it go on" in capsys.readouterr().out
+    train.run(resume=last, patience=3)
+    assert rows() == 4
+    assert set(Path("/dev/shm").glob("yolov5-spd-*")) == before
+
+
+def test_signals_reach_the_processes_of_device_0_1(tmp_path):
+    """`--device 0,1` becomes torchrun: what is sent to it arrives at its workers, and it ends after them."""
+    script = tmp_path / "work.py"
+    script.write_text(f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from utils.core.dist import launched, relaunch
+if not launched():
+    relaunch(2, sys.argv[1:])
+mark = {str(tmp_path)!r} + "/" + os.environ["RANK"]
+def end(*_):
+    time.sleep(1)
+    open(mark + ".ended", "w").close()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, end)
+open(mark + ".begun", "w").close()
+time.sleep(100)
+""")
+    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("*.begun"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=60) != 0
+    assert len(list(tmp_path.glob("*.ended"))) == 2
 
 
 @pytest.mark.slow

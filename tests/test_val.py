@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests.squares import NAMES, SquareFinder, dataset
 from utils.core.errors import UserError
 from utils.data.spec import DataSpec, load_data
 from utils.engine.evaluation.coco_eval import TWELVE
+from utils.ops.nms import non_max_suppression
 
 QUIET = {"workers": 0, "noplots": True}
 
@@ -181,13 +183,46 @@ def test_class_numbers_under_cocos_names_are_announced():
     assert "category_id" not in val.own_numbers(DataSpec(Path("d.yaml"), Path("."), NAMES, {}))
 
 
+class NmsInside(SquareFinder):
+    """The finder as a file with NMS inside, which leaves nothing below 0.62."""
+
+    end2end = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        nms = {"conf_thres": 0.62, "iou_thres": 0.5, "max_det": 7, "agnostic": True, "count": "fixed"}
+        self.metadata = SimpleNamespace(**{**vars(self.metadata), "nms": nms})
+
+    def __call__(self, images):
+        return non_max_suppression(super().__call__(images), conf_thres=0.62, iou_thres=0.5, agnostic=True, max_det=7)
+
+
+def test_the_nms_of_a_file_is_what_counts(squares: Path, tmp_path: Path, monkeypatch, capsys):
+    """It is recorded, said where it costs AP, and not taken for what the flags say."""
+    monkeypatch.setattr(val, "load_predictor", lambda *_, **__: NmsInside())
+    report = val.run(weights="nms.onnx", data=squares, project=tmp_path, workers=0, noplots=True)
+    used = read(report.save_dir, "metrics.json")["settings"]
+    given = {"conf_thres": 0.62, "iou_thres": 0.5, "max_det": 7, "agnostic": True, "multi_label": False}
+    assert given.items() <= used.items() and "export it with --conf-thres 0.001" in "".join(capsys.readouterr())
+    for flag in ({"iou_thres": 0.1}, {"agnostic_nms": True}):
+        with pytest.raises(UserError, match="does nothing with a file that has its NMS inside"):
+            val.run(weights="nms.onnx", data=squares, project=tmp_path, **flag)
+
+
+@pytest.mark.usefixtures("finder")
+def test_a_study_needs_labels(tmp_path: Path):
+    data = dataset(tmp_path / "bare", labels=False)
+    with pytest.raises(UserError, match="have no labels"):
+        val.run(weights="any.pt", data=data, project=tmp_path, task="study", sizes=[64])
+
+
 @pytest.mark.parametrize(
     "options,limit,warned",
     [({}, 300, False), ({"max_dets": [1, 10, 1000]}, 1000, False), ({"max_det": 500}, 500, False),
      ({"max_dets": [1, 1000], "max_det": 400}, 400, True)],
 )  # fmt: skip
 def test_the_limit_of_nms_lets_through_what_is_counted(options: dict, limit: int, warned: bool, capsys):
-    assert val.val_settings(val.ValConfig(**options)).max_det == limit
+    assert val.val_settings(val.ValConfig(**options), SquareFinder()).max_det == limit
     out = capsys.readouterr().out
     assert ("--max-det 400" in out and "--max-dets 1000" in out) == warned and out.count("\n") == warned
 

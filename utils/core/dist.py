@@ -1,12 +1,11 @@
 """The one place that knows the rank. In a single process every operation is a no-op."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as torch_dist
@@ -161,7 +160,9 @@ def launched() -> bool:
     return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def relaunch(processes: int, argv: Sequence[str]) -> int:
-    """Start this program again under torchrun with one process per GPU; returns its exit code."""
+def relaunch(processes: int, argv: Sequence[str]) -> NoReturn:
+    """Become torchrun with this program on one process per GPU; signals and the exit code are its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.call([*command, sys.argv[0], *argv])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [*command, sys.argv[0], *argv])

@@ -3,7 +3,7 @@
 import difflib
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -90,6 +90,12 @@ def project_file(name: str | Path, what: str, *folders: str) -> Path:
     known = sorted(path.name for folder in folders for path in (home / folder).glob("*.yaml"))
     hint = nearest(Path(name).name, known) or f"; there are {', '.join(known)}"
     raise UserError(f"{what} '{name}' not found (working directory: {Path.cwd()}){hint}")
+
+
+def short_names(files: Sequence[str | Path]) -> list[str]:
+    """The stems of files, or their paths where two have the same stem: what to call models by."""
+    stems = [Path(file).stem for file in files]
+    return stems if len(set(stems)) == len(stems) else [str(file) for file in files]
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ from utils.core.errors import UserError
 from utils.data.labels import POLICIES
 
 NO_WEIGHTS = "no --weights given; train.py writes runs/train/exp/weights/best.pt (no weights are shipped)"
+NMS_INSIDE = "with a file that has its NMS inside"
 
 
 def names_of(*groups: type) -> frozenset[str]:

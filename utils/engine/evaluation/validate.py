@@ -5,7 +5,7 @@ measured on the main rank, so that the numbers do not depend on the number of pr
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,6 +65,23 @@ class ValSettings:
 
     def __post_init__(self) -> None:
         check_bounds(self, **DETECTION_BOUNDS)
+
+    def for_file(self, predictor: Any) -> "ValSettings":
+        """What of these settings holds for a predictor: where its file has the NMS inside, that of the file."""
+        inside = predictor.metadata.nms if predictor.end2end else None
+        if inside is None:
+            return self
+        if inside["conf_thres"] > self.conf_thres:
+            LOGGER.warning(
+                f"the NMS inside the file drops confidences below {inside['conf_thres']:g}, which AP misses; "
+                f"export it with --conf-thres {self.conf_thres:g} to measure AP"
+            )
+        return self.inside(inside)
+
+    def inside(self, nms: Mapping[str, Any]) -> "ValSettings":
+        """These settings behind an NMS that has happened already."""
+        limits = {"conf_thres": max(self.conf_thres, nms["conf_thres"]), "max_det": min(self.max_det, nms["max_det"])}
+        return replace(self, **limits, iou_thres=nms["iou_thres"], agnostic=nms["agnostic"], multi_label=False)
 
     def as_dict(self) -> dict[str, Any]:
         """For metrics.json."""

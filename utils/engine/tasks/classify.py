@@ -27,7 +27,7 @@ from utils.engine.evaluation.classification import (
 )
 from utils.engine.speed import speed_line
 from utils.engine.tasks import Evaluation, LossTerm
-from utils.engine.training.settings import TrainConfig
+from utils.engine.training.settings import TrainConfig, precision
 
 METRICS = {"metrics/accuracy_top1": "top1", "metrics/accuracy_top5": "top5", "val/cls_loss": "loss"}
 PREPROCESSING = {"color": "RGB", "layout": "NCHW", "range": [0.0, 1.0], "resize": "short side, center crop"}
@@ -78,6 +78,11 @@ class ClassifyTask:
                 f"images of {h}x{w} are enlarged to {self.imgsz}; --imgsz {min(h, w)} would take them as they are"
             )
 
+    def close(self) -> None:
+        """Give back the validation loader."""
+        if self._eval_loader is not None:
+            self._eval_loader.close()
+
     # ---------------------------------------------------------------- training
 
     def loader(self, epoch_weights: Sequence[float] | None) -> TrainLoader:
@@ -110,11 +115,11 @@ class ClassifyTask:
     # ---------------------------------------------------------------- evaluation
 
     def evaluate(self, model: Network, dist: Dist, *, folder: Path | None = None) -> Evaluation:
-        amp = dist.device.type == "cuda" and self.config.amp != "off"
+        amp = precision(self.config.amp, dist.device) if dist.device.type == "cuda" else None
         model.eval()
 
         def network(images: Tensor) -> Tensor:
-            with torch.autocast(dist.device.type, dtype=torch.float16 if amp else torch.bfloat16, enabled=amp):
+            with torch.autocast(dist.device.type, dtype=amp or torch.bfloat16, enabled=amp is not None):
                 return model(images)
 
         result = measure(network, self._validation_loader(), self.val_index, dist)

@@ -29,7 +29,7 @@ from utils.engine.figures.pictures import BatchPictures, draw_train_batch
 from utils.engine.figures.plots import plot_labels
 from utils.engine.speed import speed_line
 from utils.engine.tasks import Evaluation, LossTerm
-from utils.engine.training.settings import TrainConfig
+from utils.engine.training.settings import TrainConfig, precision
 from utils.ops.anchors import check_anchors
 from utils.ops.loss import LOSS_NAMES, DetectionLoss
 
@@ -98,6 +98,12 @@ class DetectTask:
         else:
             LOGGER.info(f"anchors kept: best possible recall {check.recall:.4f}")
 
+    def close(self) -> None:
+        """Give back the validation loader and a shared image cache."""
+        if self._eval_loader is not None:
+            self._eval_loader.close()
+        self.dataset.close()
+
     # ---------------------------------------------------------------- training
 
     def loader(self, epoch_weights: Sequence[float] | None) -> TrainLoader:
@@ -148,14 +154,14 @@ class DetectTask:
     def evaluate(self, model: Network, dist: Dist, *, folder: Path | None = None) -> Evaluation:
         assert isinstance(model, DetectionModel)
         config = self.config
-        amp = torch.float16 if dist.device.type == "cuda" and config.amp != "off" else None
+        amp = precision(config.amp, dist.device) if dist.device.type == "cuda" else None
         predictor = ModelPredictor(model, self.names, device=dist.device, amp=amp)
         criterion = DetectionLoss(model.anchors, model.strides, len(self.names), self.hyp, config.imgsz)
         pictures = BatchPictures(folder, self.names) if folder and not config.noplots else None
         common = (self.val_index, self.names)
         if config.slice:  # as val.py --slice does; losses are of whole images
             plan = EvalPlan(
-                (config.imgsz,) * 2,
+                (config.imgsz, config.imgsz),
                 config.batch_size * 2,
                 self.workers,
                 slice_size=config.slice,

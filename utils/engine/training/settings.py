@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+import torch
+
 from utils.core.config import option
 from utils.core.errors import UserError
 from utils.engine.options import LabelOptions, RunFolderOptions
@@ -127,6 +129,15 @@ class TrainConfig(RunFolderOptions, LabelOptions):
         """The key=value parts of --hyp."""
         extra = [] if self.label_smoothing is None else [f"label_smoothing={self.label_smoothing}"]
         return [text for text in self.hyp if "=" in text] + extra
+
+
+def precision(name: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type of --amp: fp16 on CUDA by default, off elsewhere."""
+    if name == "auto":
+        name = "fp16" if device.type == "cuda" else "off"
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[name]
 
 
 # What may differ from the interrupted run at --resume; everything else is part of what is being continued.

@@ -31,7 +31,7 @@ from utils.engine.tasks import Evaluation, Task
 from utils.engine.training.ema import Ema, FlatStatistics
 from utils.engine.training.guard import Guard
 from utils.engine.training.optim import Schedule, apply_plan, build_optimizer
-from utils.engine.training.settings import TrainConfig
+from utils.engine.training.settings import TrainConfig, precision
 from utils.engine.training.sinks import Sinks
 
 EXIT_INTERRUPTED = 75  # like sysexits' EX_TEMPFAIL: run again with --resume
@@ -50,16 +50,11 @@ class Progress:
     best_fitness: float = -1.0
     best_epoch: int = -1
     validation_due: bool = False
-    stopped: bool = False
 
-
-def precision(name: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type of --amp: fp16 on CUDA by default, off elsewhere."""
-    if name == "auto":
-        name = "fp16" if device.type == "cuda" else "off"
-    if name == "fp16" and device.type == "cpu":
-        raise UserError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
-    return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[name]
+    @property
+    def idle(self) -> int:
+        """Epochs that have ended since the best one."""
+        return self.epoch - 1 - self.best_epoch
 
 
 def set_determinism(mode: str, device: torch.device, seed: int) -> None:
@@ -167,7 +162,7 @@ class Trainer:
         self.sums.copy_(train["sums"])
         self.guard.counts.copy_(train["guard"])
         self.class_weights = train["class_weights"]
-        self.progress = Progress(**train["progress"])
+        self.progress = Progress(**{f.name: train["progress"][f.name] for f in fields(Progress)})
 
     def checkpoint(self, name: str = "last.pt") -> None:
         """Write the full state; the main rank does, and every rank has the same state to write."""
@@ -186,7 +181,7 @@ class Trainer:
     # ---------------------------------------------------------------- the loop
 
     def fit(self, sinks: Sinks) -> Evaluation:
-        """Train to the end; returns the evaluation of best.pt as stored. Raises Interrupted on SIGTERM or SIGINT."""
+        """Train to the end; returns the last epoch's evaluation. Raises Interrupted on SIGTERM or SIGINT."""
         self.sinks = sinks
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         loader = self.task.loader(self.class_weights)
@@ -194,7 +189,9 @@ class Trainer:
             progress = self.progress
             if progress == Progress():
                 self.checkpoint()
-            while progress.epoch < self.config.epochs and not progress.stopped:
+            if self._out_of_patience():
+                LOGGER.info("this run has stopped already; a larger --patience lets it go on")
+            while progress.epoch < self.config.epochs and not self._out_of_patience():
                 if not progress.validation_due:
                     self._train_epoch(loader)
                 weights_before = self.class_weights
@@ -370,12 +367,17 @@ class Trainer:
         rates = self.schedule.at((progress.epoch + 1) * steps - 1).lr
         row.update(zip(("x/lr0", "x/lr1", "x/lr2"), rates.values(), strict=True))
         self.sinks.write(progress.epoch, row)
-        idle = progress.epoch - progress.best_epoch
-        if self.config.patience and not self.config.noval and idle >= self.config.patience and not final:
-            progress.stopped = True
-            LOGGER.info(f"no better fitness for {idle} epochs (best: epoch {progress.best_epoch}); stopping")
         progress.epoch += 1
         progress.validation_due = False
         self.checkpoint()
-        if progress.epoch < self.config.epochs and not progress.stopped and self._stop_agreed():
+        if final:
+            return
+        if self._out_of_patience():
+            LOGGER.info(f"no better fitness for {progress.idle} epochs (best: epoch {progress.best_epoch}); stopping")
+        elif self._stop_agreed():
             raise Interrupted
+
+    def _out_of_patience(self) -> bool:
+        """Whether --patience says to stop; not stored, so that --resume with another number goes on."""
+        patience = self.config.patience
+        return bool(patience) and not self.config.noval and 0 < patience <= self.progress.idle
