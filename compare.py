@@ -257,9 +257,8 @@ def compare_classifiers(cfg: CompareConfig, spec: DataSpec, predictors: Sequence
     dist = Dist.single(predictors[0].device)
     results = []
     for predictor in predictors:
-        size = cfg.imgsz[0] if cfg.imgsz else None
         result, index = validate_classifier(
-            predictor, spec, dist, split=cfg.task, imgsz=size, batch_size=cfg.batch_size, workers=cfg.workers
+            predictor, spec, dist, split=cfg.task, imgsz=cfg.imgsz, batch_size=cfg.batch_size, workers=cfg.workers
         )
         results.append(result)
     folder = increment_path(cfg.project, cfg.name, cfg.exist_ok)

@@ -18,6 +18,7 @@ import train
 import val
 from utils.core.config import config_from_kwargs, option, parse_config, run_cli
 from utils.core.device import describe, select_device
+from utils.core.errors import UserError
 from utils.core.files import increment_path
 from utils.core.log import LOGGER
 from utils.data.scenes import write_dataset, write_video
@@ -46,6 +47,11 @@ class DemoConfig:
     project: str = option("runs/demo", "folder of the runs")
     name: str = option("exp", "name of this run's folder")
     draw: bool = option(False, "only make the data set")
+
+    def __post_init__(self) -> None:
+        for name, low in (("train", 1), ("val", 1), ("imgsz", 32), ("seed", 0), ("frames", 1), ("epochs", 1)):
+            if getattr(self, name) < low:
+                raise UserError(f"--{name} {getattr(self, name)}; expected {low} or more")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from models.backends import Predictor, load_predictor
+from models.backends.base import refuse_other_names
 from utils.core.config import config_dict, config_from_kwargs, option, parse_config, refuse_changed, run_cli
 from utils.core.device import describe, select_device
 from utils.core.errors import UserError
@@ -133,6 +134,8 @@ def build_runner(cfg: DetectConfig) -> Runner:
     names = load_data(cfg.data).names if cfg.data else None
     size = cfg.imgsz or None
     predictors = [load_predictor(w, device=device, half=cfg.half, names=names, imgsz=size) for w in cfg.weights]
+    for weights, predictor in zip(cfg.weights, predictors, strict=True):
+        refuse_other_names(predictor, names, f"--data {cfg.data}: {weights}")
     names_pictures = any(predictor.task == "classify" for predictor in predictors)
     runner = classifier(cfg, predictors) if names_pictures else detector(cfg, predictors)
     runner.warm_up()

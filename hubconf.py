@@ -18,6 +18,7 @@ import torch
 
 from models import build_model
 from models.backends import load_predictor
+from models.backends.base import refuse_other_names
 from models.backends.pytorch import PyTorchPredictor
 from utils.core.device import select_device
 from utils.core.errors import UserError
@@ -163,8 +164,7 @@ def load(
     `imgsz` and `names` (of the classes) stand in for what an exported file of another tool does not say itself.
     """
     predictor = load_predictor(weights, device=select_device(device), half=half, names=names, imgsz=imgsz)
-    if names is not None and tuple(names) != tuple(predictor.names):
-        raise UserError(f"{weights} says its {len(predictor.names)} class names itself; leave names out")
+    refuse_other_names(predictor, names, str(weights))
     return Model(predictor)
 
 

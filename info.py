@@ -35,6 +35,8 @@ class InfoConfig:
 def measure(config: InfoConfig) -> Summary:
     """The costs of the network that `config` names; the image size defaults to the checkpoint's own or the task's."""
     if Path(config.cfg).suffix in WEIGHTS:
+        if config.nc:
+            raise UserError(f"--nc {config.nc} is for a model YAML; '{config.cfg}' has its own number of classes")
         loaded = load_model(config.cfg)
         model = loaded.model
         own = loaded.meta.get("imgsz")

@@ -75,8 +75,9 @@ def make_model(config: TrainConfig, spec: DataSpec, hyp: Hyp) -> tuple[Network, 
 def freeze(model: Network, layers: Sequence[int]) -> None:
     """Take these layers out of training."""
     for layer in layers:
-        for parameter in model.model[layer].parameters() if layer < len(model.model) else ():
-            parameter.requires_grad_(False)
+        if layer >= len(model.model):
+            raise UserError(f"--freeze {layer}: the model has the layers 0 to {len(model.model) - 1}, its head last")
+        model.model[layer].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
             f"--freeze leaves nothing to train: the model has the layers 0 to {len(model.model) - 1}, its head last; "

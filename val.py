@@ -12,7 +12,7 @@ from typing import Any
 
 from models.backends import load_predictor
 from utils.core.config import config_dict, config_from_kwargs, option, parse_config, refuse_changed, run_cli
-from utils.core.device import describe, loader_workers
+from utils.core.device import describe
 from utils.core.dist import Dist
 from utils.core.errors import UserError
 from utils.core.files import increment_path, short_names
@@ -34,6 +34,7 @@ from utils.engine.evaluation.report import MANY_CLASSES, summary, table, write_j
 from utils.engine.evaluation.studies import latency, latency_table, study_line, study_row, write_study
 from utils.engine.evaluation.validate import EvalResult, ValSettings, detection_limit
 from utils.engine.figures.pictures import BatchPictures
+from utils.engine.inference.classifying import classifier_side
 from utils.engine.inference.predict import Detector, PredictSettings, check_bounds, combine, network_size, size_step
 from utils.engine.options import (
     NMS_INSIDE,
@@ -168,9 +169,8 @@ def plan_for(cfg: ValConfig, predictor: Any) -> EvalPlan:
     size = cfg.imgsz or list(predictor.imgsz or predictor.metadata.imgsz)
     if len(size) > 2:
         raise UserError(f"--imgsz {' '.join(map(str, size))}; expected one number, or height and width")
-    used = (size[0], size[-1]) if predictor.task == "classify" else network_size(predictor, size)
     rect = cfg.rect and predictor.imgsz is None
-    return EvalPlan(used, cfg.batch_size, cfg.workers, rect, cfg.slice, cfg.overlap)
+    return EvalPlan(network_size(predictor, size), cfg.batch_size, cfg.workers, rect, cfg.slice, cfg.overlap)
 
 
 def read_labels(cfg: ValConfig, spec: DataSpec, dist: Dist, split: str) -> LabelIndex:
@@ -255,10 +255,9 @@ def own_numbers(spec: DataSpec) -> str:
 def measure_classifier(cfg: ValConfig, spec: DataSpec, predictor: Any, dist: Dist) -> ValReport:
     """Top-1 and top-5 accuracy of an image classifier."""
     refuse_changed(cfg, USED["classifier"], f"with a classifier, which '{cfg.weights[0]}' is")
-    size = plan_for(cfg, predictor).imgsz[0]
-    workers = loader_workers(cfg.workers, cfg.batch_size)
+    size = classifier_side(predictor, cfg.imgsz)
     result, index = validate_classifier(
-        predictor, spec, dist, split=cfg.task, imgsz=size, batch_size=cfg.batch_size, workers=workers
+        predictor, spec, dist, split=cfg.task, imgsz=[size], batch_size=cfg.batch_size, workers=cfg.workers
     )
     folder = new_folder(cfg, dist)
     if dist.is_main:

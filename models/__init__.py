@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from models import attention, blocks, heads, spd
-from models.graph import Network
+from models.graph import UNFIT, Network
 from models.yolo import DetectionModel
-from utils.core.errors import UserError
+from utils.core.errors import UserError, printable
 from utils.core.files import nearest
 from utils.core.yamls import load_yaml
 
@@ -38,8 +38,14 @@ def build_model(cfg: str | Path | dict[str, Any], nc: int | None = None, ch: int
     `DetectionModel`, or a `Classifier` where the YAML says `task: classify`.
     """
     config = cfg if isinstance(cfg, dict) else load_yaml(find_cfg(cfg))
-    if config.get("task", "detect") == "classify":
-        from models.resnet import Classifier
+    try:
+        if config.get("task", "detect") == "classify":
+            from models.resnet import Classifier
 
-        return Classifier(config, nc=nc, ch=ch)
-    return DetectionModel(config, nc=nc, ch=ch, anchors=anchors)
+            return Classifier(config, nc=nc, ch=ch)
+        return DetectionModel(config, nc=nc, ch=ch, anchors=anchors)
+    except UserError:
+        raise
+    except UNFIT as error:
+        name = "the model description" if isinstance(cfg, dict) else f"model YAML '{cfg}'"
+        raise UserError(f"{name} gives no network ({printable(error)})") from error

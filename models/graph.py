@@ -97,6 +97,8 @@ def parse_rows(cfg: dict[str, Any]) -> tuple[list[Row], nn.Sequential]:
     """Build the layers of `cfg["backbone"] + cfg["head"]` of a resolved configuration."""
     symbols = {key: cfg[key] for key in ("nc", "anchors") if key in cfg}
     depth, width_multiple = float(cfg.get("depth_multiple", 1.0)), float(cfg.get("width_multiple", 1.0))
+    if not (0 < depth < math.inf and 0 < width_multiple < math.inf):
+        raise UserError(f"depth_multiple {depth:g} and width_multiple {width_multiple:g}; expected numbers above 0")
     unscaled = head_width(symbols)
 
     def width(channels: int) -> int:

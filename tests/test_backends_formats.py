@@ -241,6 +241,7 @@ def repacked(path, target, change):
         ("models/model.json", lambda d: d.replace(b'"guards_code": [', b'"guards_code": ["torch.hub.load(1)", ')),
         ("models/model.json", lambda d: d.replace(b"torch.ops.aten.sigmoid.default", b"torch.hub.load")),
         ("data/weights/model_weights_config.json", lambda d: d.replace(b'"use_pickle": false', b'"use_pickle": true')),
+        ("data/weights/model_weights_config.json", lambda d: b"[]"),
         ("data/constants/opaque_obj_0", lambda d: b"cos\nsystem\n(S'true'\ntR."),
         ("data/aotinductor/model/wrapper.so", lambda d: b"\x7fELF"),
         ("data/sample_inputs/model.pt", lambda d: b"cos\nsystem\n(S'true'\ntR."),

@@ -17,6 +17,17 @@ def test_atomic_write_keeps_the_old_file_when_the_body_fails(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_what_the_disk_refuses_is_one_line(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(UserError, match="No space left on device.*what was there before is untouched"):  # noqa: SIM117
+        with atomic_write(path):
+            raise OSError(28, "No space left on device")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    with pytest.raises(UserError, match="cannot write"), atomic_write(path / "below" / "b.txt"):
+        pass
+
+
 def test_run_folders_are_numbered_from_two(tmp_path):
     names = [increment_path(tmp_path / "runs", "exp").name for _ in range(3)]
     assert names == ["exp", "exp2", "exp3"]

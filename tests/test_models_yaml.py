@@ -1,5 +1,7 @@
 """YAML rows to networks: published sizes, the zoo's rules, users' own files, and errors that name the row."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -302,3 +304,25 @@ def test_building_does_not_change_the_configuration() -> None:
     before = repr(cfg)
     build_model(cfg, nc=3)
     assert repr(cfg) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("yolov5n", "depth_multiple", "abc"),
+        ("yolov5n", "depth_multiple", -1),
+        ("yolov5n", "width_multiple", None),
+        ("yolov5n", "anchors", [10, 13, 16, 30]),
+        ("yolov5n", "anchors", [["a", "b"]] * 3),
+        ("yolov5n", "head", 5),
+        ("resnet18", "width_multiple", 0),
+        ("resnet18", "depth_multiple", "abc"),
+        ("resnet18", "backbone", 5),
+    ],
+)
+def test_values_that_give_no_network_are_one_line(name: str, key: str, value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "net.yaml"
+    path.write_text(json.dumps({**load_yaml(find_cfg(name)), key: value}))
+    with pytest.raises(UserError) as error:
+        build_model(path)
+    assert "\n" not in str(error.value)

@@ -472,6 +472,9 @@ def test_odd_data_sets_train(tmp_path, count, labels, names):
         ({"0": "0 .5 .5 .2 .2\n"}, ("a",), {"device": "7"}, "CUDA devices"),
         ({"0": "0 .5 .5 .2 .2\n"}, ("a",), {"amp": "fp16"}, "needs a GPU"),
         ({"0": "0 .5 .5 .2 .2\n"}, ("a",), {"batch_size": -1}, "CUDA"),
+        ({"0": "0 .5 .5 .2 .2\n"}, ("a",), {"seed": -1}, "--seed -1; expected 0 or more"),
+        ({"0": "0 .5 .5 .2 .2\n"}, ("a",), {"overlap": 0.5}, "--overlap is about the slices"),
+        ({"0": "0 .5 .5 .2 .2\n"}, ("a",), {"rect": True, "image_weights": True}, "exclude each other"),
     ],
 )
 def test_bad_input_is_one_line_before_the_first_step(tmp_path, labels, names, changes, part):
@@ -488,7 +491,8 @@ def test_what_cannot_train_is_refused_before_a_run_folder_exists(tmp_path):
     save_checkpoint(classifier, pack_model(build_model("resnet18", nc=1), ["a"], 64))
     for changes, part in (
         ({"weights": classifier}, "yolov5n is for task detect, .*c.pt for classify"),
-        ({"freeze": 30}, "nothing to train: the model has the layers 0 to 24"),
+        ({"freeze": 25}, "nothing to train: the model has the layers 0 to 24"),
+        ({"freeze": [3, 99]}, "--freeze 99: the model has the layers 0 to 24"),
     ):
         with pytest.raises(UserError, match=part) as error:
             train.run(**{**SMALL, **changes}, data=spec, project=tmp_path / "runs")

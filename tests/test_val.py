@@ -294,10 +294,13 @@ def test_a_classifier_is_measured_too(tmp_path: Path, monkeypatch):
             return torch.stack([images[:, 1].mean((1, 2)), images[:, 0].mean((1, 2))], 1)
 
     finder = Colors(imgsz=(32, 32))
-    finder.names = ["green", "red"]
+    finder.names, finder.max_stride = ["green", "red"], 16
     monkeypatch.setattr(val, "load_predictor", lambda *_, **__: finder)
     report = val.run(weights="x.pt", data=tmp_path / "data", project=tmp_path, **QUIET)
     assert report.metrics["top1"] == 1.0 and (report.save_dir / "metrics.json").exists()
+    for size, told in (([33], "a multiple of 16"), ([0], "expected one side"), ([64, 96], "expected one side")):
+        with pytest.raises(UserError, match=told):
+            val.run(weights="x.pt", data=tmp_path / "data", imgsz=size, project=tmp_path, **QUIET)
     with pytest.raises(UserError, match="classifier"):
         val.run(weights="x.pt", data=tmp_path / "data", task="speed", project=tmp_path, **QUIET)
     with pytest.raises(UserError, match="--save-json does nothing with a classifier, which 'x.pt' is"):

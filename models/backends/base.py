@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.core.errors import UserError
+from utils.core.errors import UserError, printable
 
 SCHEMA = 1
 METADATA_KEY = "yolov5_spd"
@@ -108,6 +108,13 @@ FIELDS: dict[str, Callable[[Any], bool]] = {  # of the JSON object, and what eac
     "licence": _is_text,
     "schema": _is_count,
 }
+
+
+def refuse_other_names(predictor: "Predictor", names: Sequence[str] | None, source: str) -> None:
+    """UserError where class names are given for a file that says others itself."""
+    if names is not None and tuple(names) != tuple(predictor.names):
+        own = ", ".join(printable(name, 40) for name in predictor.names[:3])
+        raise UserError(f"{source} says its {len(predictor.names)} class names itself ({own}, ...); give no others")
 
 
 def given_metadata(source: str, names: Sequence[str] | None, imgsz: int | Sequence[int] | None) -> Metadata:

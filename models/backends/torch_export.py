@@ -95,6 +95,10 @@ def _foreign(
     return foreign_metadata(str(path), names, imgsz, sizes(str(next(iter(signature.user_inputs)))), outputs)
 
 
+# What a file that is no archive of torch.export's makes its readers raise.
+DAMAGE = (zipfile.BadZipFile, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+
+
 def checked_archive(path: Path) -> io.BytesIO:
     """A copy of an archive that holds only tensors, plain operations and arithmetic on sizes; others are refused."""
     copy = io.BytesIO()
@@ -104,7 +108,9 @@ def checked_archive(path: Path) -> io.BytesIO:
             with zipfile.ZipFile(copy, "w", zipfile.ZIP_STORED) as checked:
                 for info in archive.infolist():
                     checked.writestr(zipfile.ZipInfo(info.filename), archive.read(info))
-    except (zipfile.BadZipFile, UnicodeDecodeError, json.JSONDecodeError, KeyError) as e:
+    except UserError:
+        raise
+    except DAMAGE as e:
         raise UserError(f"{path}: not a readable torch.export archive ({e}); export the file again") from e
     copy.seek(0)
     return copy

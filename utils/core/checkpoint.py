@@ -50,10 +50,8 @@ def save_checkpoint(path: str | Path, data: dict[str, Any]) -> None:
                 file.write(_to_safetensors(data))
             else:
                 torch.save(data, file)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"cannot write checkpoint '{path}': {error}; the file that was there before is untouched"
-        ) from error
+    except RuntimeError as error:  # torch's writer on a full disk
+        raise UserError(f"cannot write '{path}' ({_first_line(error)}); what was there before is untouched") from error
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -179,9 +179,8 @@ def config_dict(config: Any) -> dict[str, Any]:
 
 def refuse_changed(config: Any, allowed: Collection[str], where: str) -> None:
     """UserError for the first option beside `allowed` that is not at its default: it would do nothing `where`."""
-    values, defaults = config_dict(config), config_dict(type(config)())
-    for name in sorted(set(values) - set(allowed)):
-        if values[name] != defaults[name]:
+    for name, field in sorted((field.name, field) for field in dataclasses.fields(config) if field.name not in allowed):
+        if getattr(config, name) != _default(field):
             raise UserError(f"--{name.replace('_', '-')} does nothing {where}; leave one of the two out")
 
 

@@ -1,5 +1,6 @@
 """Files: atomic writes, run folders, the user's cache folder, the project's own files, and near misses of names."""
 
+import contextlib
 import difflib
 import os
 import threading
@@ -16,21 +17,32 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary neighbor of `path`; on success flush it to the disk and rename it over `path`.
 
     Whatever goes wrong (a full disk, a crash, an exception in the body), the earlier content of `path` stays whole.
+    What the disk refuses is a UserError.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
         with open(temporary, mode, encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        _discard(temporary)
+        raise UserError(
+            f"cannot write '{path}' ({error.strerror or error}); what was there before is untouched"
+        ) from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         raise
-    _sync_folder(path.parent)
+
+
+def _discard(temporary: Path) -> None:
+    with contextlib.suppress(OSError):  # the error that led here is the one to tell
+        temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

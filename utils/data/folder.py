@@ -13,7 +13,6 @@ import numpy as np
 
 from utils.core.errors import UserError
 from utils.core.hyp import Hyp
-from utils.core.log import LOGGER
 from utils.data.augment import Flip, Hsv, finish, generator
 from utils.data.dataset import Sample
 from utils.data.images import IMAGE_SUFFIXES, ImageError, read_image
@@ -269,10 +268,3 @@ class ClassDataset:
         square = np.empty_like(out)
         cut(image, corner[0], corner[1], size, square)
         finish(square, Hsv.draw(rng, hyp), Flip.draw(rng, hyp), out)
-
-
-def note_unused(cache: str | None, slices: int) -> None:
-    """Say which loading options of detection have no effect here."""
-    for given, flag in ((cache, "--cache"), (slices, "--slice")):
-        if given:
-            LOGGER.warning(f"{flag} has no effect on classification")

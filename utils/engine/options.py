@@ -1,6 +1,7 @@
 """Groups of options that several verbs share, each declared once; a verb's config inherits them."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from utils.core.config import option
 from utils.core.errors import UserError
@@ -41,8 +42,8 @@ class PredictorOptions:
     overlap: float = option(0.2, "share of a tile that its neighbor sees too")
 
 
-def check_overlap(options: PredictorOptions) -> None:
-    """UserError for an overlap of slices where there are none."""
+def check_overlap(options: Any) -> None:
+    """UserError for an overlap of slices where there are none, in the config of any verb that slices."""
     if options.overlap != PredictorOptions.overlap and not options.slice:
         raise UserError("--overlap is about the slices of --slice; give that too")
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.core.device import loader_workers
 from utils.core.dist import Dist
 from utils.core.errors import UserError
 from utils.core.files import atomic_write
@@ -21,13 +22,13 @@ from utils.core.hyp import Hyp
 from utils.data.folder import ClassDataset, ClassIndex, build_class_index, center_crop
 from utils.data.loader import Batch, EvalLoader
 from utils.data.spec import DataSpec
-from utils.engine.evaluation.evaluate import check_classes
+from utils.engine.evaluation.evaluate import EvalPlan, check_classes
 from utils.engine.evaluation.report import write_json
 from utils.engine.figures.pictures import mosaic, save_picture, titled
 from utils.engine.figures.plots import figure, save
+from utils.engine.inference.classifying import TOP, classifier_side
 from utils.engine.speed import Clock, Speed
 
-TOP = 5
 TILE = 96  # pixels of an image in pictures
 
 
@@ -117,14 +118,16 @@ def validate_classifier(
     dist: Dist,
     *,
     split: str = "val",
-    imgsz: int | None = None,
+    imgsz: Sequence[int] = (),
     batch_size: int = 32,
     workers: int = 0,
 ) -> tuple[ClassResult, ClassIndex]:
     """Measure any classifying predictor (a model file of any format) on a split of a data set."""
     index = dist.main_first(lambda: build_class_index(spec, split))
     check_classes(predictor, index.names, str(spec.yaml))
-    dataset = ClassDataset(index, imgsz or predictor.metadata.imgsz[0], Hyp(), augment=False)
+    EvalPlan(batch_size=batch_size, workers=workers)  # checks them
+    dataset = ClassDataset(index, classifier_side(predictor, imgsz), Hyp(), augment=False)
+    workers = loader_workers(workers, batch_size)
     loader = EvalLoader(dataset, batch_size, workers=workers, rank=dist.rank, world_size=dist.world_size)  # type: ignore[arg-type]
     try:
         return measure(predictor, loader, index, dist), index

@@ -35,20 +35,23 @@ class Classification:
         return ", ".join(self.labels())
 
 
+def classifier_side(predictor: Any, imgsz: Sequence[int] = ()) -> int:
+    """The side of a classifier's squares: a fixed file's own, else the one of `imgsz`, else that of its training."""
+    size = tuple(predictor.imgsz or imgsz or predictor.metadata.imgsz)
+    stride = max(int(predictor.max_stride), 1)
+    if len(set(size)) != 1 or size[0] < 1 or size[0] % stride:
+        text = " ".join(map(str, size))
+        raise UserError(f"--imgsz {text}; expected one side for a classifier, a multiple of {stride}")
+    return size[0]
+
+
 class PictureClassifier:
     """Pictures of any size -> one `Classification` each. They are prepared as in training: short side, center crop."""
 
     def __init__(self, predictor: Any, imgsz: Sequence[int] = (), batch_size: int = 1) -> None:
-        fixed = predictor.imgsz
-        size = tuple(fixed or imgsz or predictor.metadata.imgsz)
-        stride = max(int(predictor.max_stride), 1)
-        if len(set(size)) != 1 or size[0] < 1 or size[0] % stride:
-            raise UserError(
-                f"--imgsz {' '.join(map(str, size))}; expected one side for a classifier, a multiple of {stride}"
-            )
         if batch_size < 1:
             raise UserError(f"--batch-size {batch_size}; expected 1 or more")
-        self.predictor, self.size, self.batch_size = predictor, size[0], batch_size
+        self.predictor, self.size, self.batch_size = predictor, classifier_side(predictor, imgsz), batch_size
         self.names = tuple(predictor.names)
         self.speed = Speed()
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from models.graph import Network, check_size
 from models.weights import pack_model
+from utils.core.config import config_dict, refuse_changed
 from utils.core.device import loader_workers
 from utils.core.dist import Dist
-from utils.core.errors import UserError
 from utils.core.hyp import Hyp
 from utils.core.log import LOGGER
-from utils.data.folder import ClassDataset, build_class_index, channel_statistics, note_unused
+from utils.data.folder import ClassDataset, build_class_index, channel_statistics
 from utils.data.loader import Batch, EvalLoader, TrainLoader
 from utils.data.spec import DataSpec
 from utils.engine.evaluation.classification import (
@@ -30,6 +30,7 @@ from utils.engine.tasks import Evaluation, LossTerm
 from utils.engine.training.settings import TrainConfig, precision
 
 METRICS = {"metrics/accuracy_top1": "top1", "metrics/accuracy_top5": "top5", "val/cls_loss": "loss"}
+ABOUT_BOXES = {"single_cls", "slice", "overlap", "rect", "multi_scale", "noautoanchor", "label_policy", "cache"}
 PREPROCESSING = {"color": "RGB", "layout": "NCHW", "range": [0.0, 1.0], "resize": "short side, center crop"}
 
 
@@ -63,12 +64,7 @@ class ClassifyTask:
     def _check_options(self) -> None:
         config = self.config
         check_size([config.imgsz], self.model.max_stride)
-        if config.single_cls:
-            raise UserError("--single-cls leaves a classifier nothing to tell apart; remove it")
-        note_unused(config.cache, config.slice)
-        for given, flag in ((config.rect, "--rect"), (config.multi_scale, "--multi-scale")):
-            if given:
-                LOGGER.warning(f"{flag} has no effect on classification")
+        refuse_changed(config, set(config_dict(config)) - ABOUT_BOXES, "with a classifier")
 
     def _check_size(self) -> None:
         """Say so when the images would only be blown up (train.py's default size is that of detectors)."""

@@ -7,7 +7,7 @@ import torch
 
 from utils.core.config import option
 from utils.core.errors import UserError
-from utils.engine.options import LabelOptions, RunFolderOptions
+from utils.engine.options import LabelOptions, RunFolderOptions, check_overlap
 
 PRESETS = ("v6.0", "v7.0")
 
@@ -85,7 +85,8 @@ class TrainConfig(RunFolderOptions, LabelOptions):
     timeout: int = option(600, "seconds that a rank waits for the others")
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 1), ("workers", 0), ("imgsz", 1), ("patience", 0), ("max_bad_steps", 1)):
+        lowest = {"epochs": 1, "imgsz": 1, "max_bad_steps": 1, "workers": 0, "patience": 0, "seed": 0}
+        for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}; expected {low} or more")
         if self.batch_size < 1 and self.batch_size != -1:
@@ -96,6 +97,10 @@ class TrainConfig(RunFolderOptions, LabelOptions):
             raise UserError("--cos-lr and --linear-lr exclude each other")
         if self.resume is None and not (self.weights or self.cfg):
             raise UserError("nothing to train: give --cfg models/yolov5-spd-n.yaml, or --weights, or both")
+        for one, other in (("rect", "image_weights"), ("noval", "image_weights")):
+            if getattr(self, one) and getattr(self, other):
+                raise UserError(f"--{one} and --{other.replace('_', '-')} exclude each other")
+        check_overlap(self)
         self.save_interval()
 
     def save_interval(self) -> tuple[float, int]:
@@ -142,6 +147,6 @@ def precision(name: str, device: torch.device) -> torch.dtype | None:
 
 # What may differ from the interrupted run at --resume; everything else is part of what is being continued.
 RESUMABLE = (
-    "resume", "device", "workers", "epochs", "project", "name", "exist_ok", "save_every", "save_period", "loggers",
+    "resume", "device", "workers", "epochs", "project", "save_every", "save_period", "loggers",
     "timeout", "cache", "deterministic", "noplots", "patience", "max_bad_steps", "rebuild_cache", "download",
 )  # fmt: skip
