@@ -24,7 +24,8 @@ from utils.data.images import read_image
 from utils.data.index import build_index
 from utils.data.spec import DataSpec, load_data
 from utils.engine.evaluation.bootstrap import Interval, check_bootstrap, paired_bootstrap
-from utils.engine.evaluation.classification import compare_classes, comparison_lines, validate_classifier
+from utils.engine.evaluation.class_comparison import compare_classes, comparison_lines
+from utils.engine.evaluation.classification import validate_classifier
 from utils.engine.evaluation.coco_eval import MetricSettings, Truth, coco_metrics, found_from_rows
 from utils.engine.evaluation.coco_files import found_from_coco, truth_from_coco
 from utils.engine.evaluation.comparison import comparison_table, judge, most_different, plot_bars, save_pairs

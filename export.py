@@ -329,8 +329,8 @@ def benchmark_table(rows: Sequence[Exported]) -> str:
     return "\n".join(lines)
 
 
-def benchmark(export: Export) -> list[Exported]:
-    """The formats asked for that this machine can run, PyTorch first."""
+def benchmark(export: Export, kinds: Sequence[str]) -> list[Exported]:
+    """Those of the formats `kinds` that this machine can run, PyTorch first."""
     native = Exported(FORMATS["pytorch"], export.weights, size_mb=size_mb(export.weights))
     predictor = PyTorchPredictor(
         export.loaded.model, export.loaded.names, imgsz=export.metadata.imgsz, device=export.device
@@ -339,7 +339,7 @@ def benchmark(export: Export) -> list[Exported]:
     if export.measure is not None:
         native.metrics = export.expected = export.measure(export.reference, export.nms)
     rows = [native]
-    for fmt in (FORMATS[name] for name in dict.fromkeys(export.cfg.include or exportable())):
+    for fmt in (FORMATS[name] for name in kinds):
         absent = [p for p in fmt.requires if importlib.util.find_spec(p) is None]
         if absent or (export.cfg.int8 and not fmt.int8):
             reason = f"not tried: {', '.join(absent)} not installed" if absent else "not tried: no int8"
@@ -355,7 +355,7 @@ def export_with(cfg: ExportConfig) -> list[Exported]:
         raise UserError(NO_WEIGHTS)
     if cfg.benchmark and not cfg.verify:
         raise UserError("--benchmark measures what it verifies; leave --no-verify out")
-    kinds = cfg.include or (exportable() if cfg.benchmark else ["onnx"])
+    kinds = [*dict.fromkeys(cfg.include or (exportable() if cfg.benchmark else ["onnx"]))]
     idle = {"opset"} if not {*kinds} & {"onnx", "openvino", "engine"} else set()
     idle |= {"workspace"} if "engine" not in kinds else set()
     refuse_changed(cfg, set(config_dict(cfg)) - idle, f"with --include {' '.join(kinds)}")
@@ -365,10 +365,10 @@ def export_with(cfg: ExportConfig) -> list[Exported]:
         raise UserError("--images and --calibration-images need at least 1")
     export = Export(cfg)
     if cfg.benchmark:
-        rows = benchmark(export)
+        rows = benchmark(export, kinds)
         LOGGER.info(benchmark_table(rows))
         return rows
-    return [export.write(FORMATS[name]) for name in dict.fromkeys(cfg.include or ["onnx"])]
+    return [export.write(FORMATS[name]) for name in kinds]
 
 
 def run(**kwargs: Any) -> list[Exported]:

@@ -20,7 +20,8 @@ from utils.core.log import LOGGER, quiet
 from utils.data.frames import unique_names
 from utils.data.index import LabelIndex, build_index
 from utils.data.spec import DataSpec, load_data
-from utils.engine.evaluation.classification import class_table, validate_classifier, write_class_report
+from utils.engine.evaluation.class_report import class_table, write_class_report
+from utils.engine.evaluation.classification import validate_classifier
 from utils.engine.evaluation.coco_eval import MetricSettings, coco_metrics
 from utils.engine.evaluation.coco_files import (
     coco_annotations,

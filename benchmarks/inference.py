@@ -34,7 +34,8 @@ from models.backends.base import Metadata
 from models.backends.graph import ExportJob
 from models.backends.pictures import choose
 from models.backends.pytorch import PyTorchPredictor
-from models.fusion import fold_batch_norms, fuse
+from models.folding import fold_batch_norms
+from models.fusion import fuse
 from models.spd import SPD
 from utils.core.device import select_device
 

@@ -18,7 +18,8 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
-from models.blocks import C3, C3SPP, BottleneckCSP, Concat, Conv
+from models.blocks import C3, C3SPP, Concat, Conv
+from models.folding import conv_like, fold_batch_norms
 from models.graph import Network, Row
 from models.heads import Detect
 from models.spd import SPD, Scale, scale_pair
@@ -84,60 +85,6 @@ def fuse(model: AnyNetwork) -> AnyNetwork:
     return fused
 
 
-def fold_batch_norms(network: nn.Module) -> None:
-    """Fold every batch normalization that directly follows a convolution into it, in place; arithmetic in float64."""
-    for module in list(network.modules()):
-        pairs = list(getattr(module, "folds", ()))
-        if type(module) is nn.Sequential:
-            pairs += [(str(i), str(i + 1)) for i in range(len(module) - 1)]
-        for first, second in pairs:
-            conv, bn = module.get_submodule(first), module.get_submodule(second)
-            if type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d:
-                module.set_submodule(first, _scaled(conv, *_affine(bn)))
-                module.set_submodule(second, nn.Identity())
-        if isinstance(module, BottleneckCSP) and isinstance(module.bn, nn.BatchNorm2d):
-            scale, shift = _affine(module.bn)
-            half = module.cv3.out_channels
-            module.cv3 = _scaled(module.cv3, scale[:half], shift[:half])
-            module.cv2 = _scaled(module.cv2, scale[half:], shift[half:])
-            module.set_submodule("bn", nn.Identity())
-
-
-def _affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Eval-mode batch normalization as y = scale * x + shift, in float64."""
-    assert bn.running_mean is not None and bn.running_var is not None
-    scale = (bn.running_var.double() + bn.eps).rsqrt()
-    if bn.affine:
-        scale = scale * bn.weight.double()
-    shift = -bn.running_mean.double() * scale
-    return scale, shift + bn.bias.double() if bn.affine else shift
-
-
-def _scaled(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> nn.Conv2d:
-    bias = shift if conv.bias is None else conv.bias.double() * scale + shift
-    return _conv_like(conv, conv.weight.double() * scale.view(-1, 1, 1, 1), bias)
-
-
-def _conv_like(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, **geometry: object) -> nn.Conv2d:
-    """A convolution with these float64 values in `conv`'s type, and its geometry unless given."""
-    settings = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
-    settings |= geometry
-    new = nn.Conv2d(
-        weight.shape[1] * int(settings["groups"]),  # type: ignore[call-overload]
-        weight.shape[0],
-        (weight.shape[2], weight.shape[3]),
-        bias=bias is not None,
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
-        **settings,
-    )
-    with torch.no_grad():
-        new.weight.copy_(weight)
-        if bias is not None and new.bias is not None:
-            new.bias.copy_(bias)
-    return new.requires_grad_(False)
-
-
 def is_spd_fusible(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether SPD can be taken into this convolution: its groups must not cut across the blocks."""
     return type(conv) is nn.Conv2d and conv.groups == 1 and conv.padding_mode == "zeros" and conv.padding != "same"
@@ -153,7 +100,7 @@ def absorb_spd(conv: nn.Conv2d, scale: Scale) -> nn.Conv2d:
     blocks = weight.reshape(out, columns, rows, channels, kh, kw)
     kernel = blocks.permute(0, 3, 4, 2, 5, 1).reshape(out, channels, rows * kh, columns * kw)
     padding = (0, 0) if conv.padding == "valid" else conv.padding
-    return _conv_like(
+    return conv_like(
         conv,
         kernel,
         conv.bias,
@@ -345,7 +292,7 @@ def _is_pointwise(conv: nn.Conv2d) -> bool:
 def _split(conv: nn.Conv2d, widths: Sequence[int]) -> SplitConv2d:
     """The convolution over a concatenation as one for each input; the bias goes with the first."""
     weights = conv.weight.split(list(widths), 1)
-    return SplitConv2d([_conv_like(conv, w, conv.bias if i == 0 else None) for i, w in enumerate(weights)])
+    return SplitConv2d([conv_like(conv, w, conv.bias if i == 0 else None) for i, w in enumerate(weights)])
 
 
 def merge_c3(block: C3 | C3SPP) -> nn.Module:
@@ -370,4 +317,4 @@ def _stack(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
     bias = None
     if first.bias is not None and second.bias is not None:
         bias = torch.cat((first.bias, second.bias))
-    return _conv_like(first, torch.cat((first.weight, second.weight)), bias)
+    return conv_like(first, torch.cat((first.weight, second.weight)), bias)

@@ -25,16 +25,9 @@ from utils.data.folder import (
 )
 from utils.data.loader import EvalLoader
 from utils.data.spec import load_data
-from utils.engine.evaluation.classification import (
-    ClassResult,
-    class_table,
-    compare_classes,
-    comparison_lines,
-    disagreements,
-    measure,
-    sign_test,
-    validate_classifier,
-)
+from utils.engine.evaluation.class_comparison import compare_classes, comparison_lines, disagreements, sign_test
+from utils.engine.evaluation.class_report import class_table
+from utils.engine.evaluation.classification import ClassResult, measure, validate_classifier
 from utils.engine.inference.classifying import PictureClassifier
 from utils.engine.tasks.classify import ClassifyTask
 from utils.engine.training.settings import TrainConfig

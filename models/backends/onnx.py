@@ -94,7 +94,6 @@ def load(
     device: torch.device,
     names: Sequence[str] | None = None,
     imgsz: int | Sequence[int] | None = None,
-    threads: int | None = None,
     **_: Any,
 ) -> OnnxPredictor:
     need("onnxruntime", what="running .onnx files")
@@ -102,7 +101,7 @@ def load(
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.intra_op_num_threads = torch.get_num_threads()
     session = _session(path, options, _providers(device))
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     metadata = Metadata.from_json(text, str(path)) if text else _foreign(session, path, names, imgsz)

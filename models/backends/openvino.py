@@ -97,7 +97,6 @@ def load(
     half: bool = False,
     names: Sequence[str] | None = None,
     imgsz: int | Sequence[int] | None = None,
-    threads: int | None = None,
     **_: Any,
 ) -> OpenVinoPredictor:
     need("openvino", what="running OpenVINO models")
@@ -119,7 +118,7 @@ def load(
     config = {
         "INFERENCE_PRECISION_HINT": _precision(core, half),
         PROFILE: "LATENCY",
-        "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
     return OpenVinoPredictor(core.compile_model(model, "CPU", config), metadata, device)
 

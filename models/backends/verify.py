@@ -9,6 +9,7 @@ from torch import Tensor
 
 from models.backends.base import Predictor
 from models.backends.graph import NmsSettings
+from utils.core.device import synchronize
 from utils.ops.boxes import box_iou, cxcywh_to_xyxy
 from utils.ops.nms import non_max_suppression
 
@@ -208,7 +209,6 @@ def milliseconds(predictor: Predictor, images: Tensor, runs: int = 10) -> float:
     for _ in range(runs):
         start = time.perf_counter()
         predictor(images)
-        if predictor.device.type == "cuda":
-            torch.cuda.synchronize(predictor.device)
+        synchronize(predictor.device)
         times.append(time.perf_counter() - start)
     return 1000 * sorted(times)[len(times) // 2] / len(images)

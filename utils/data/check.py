@@ -14,7 +14,7 @@ import numpy as np
 
 from utils.data.index import LabelIndex, build_index
 from utils.data.listing import label_path
-from utils.data.problems import KINDS, NOT_READ, Problem, printable
+from utils.data.problems import KINDS, NOT_READ, Problem, spelled_out
 from utils.data.spec import DataSpec
 
 TINY = (2, 4, 8)  # px of the shorter side after resizing
@@ -55,9 +55,9 @@ def _share(count: int, total: int) -> str:
 
 def _balance(names: Sequence[str], counts: np.ndarray, most: int = 4) -> str:
     order = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
-    text = ", ".join(f"{printable(names[i])} {_share(int(counts[i]), int(counts.sum()))}" for i in order[:most])
+    text = ", ".join(f"{spelled_out(names[i])} {_share(int(counts[i]), int(counts.sum()))}" for i in order[:most])
     if len(order) > most:
-        text += f", ...; rarest {printable(names[order[-1]])} {counts[order[-1]]:,}"
+        text += f", ...; rarest {spelled_out(names[order[-1]])} {counts[order[-1]]:,}"
     absent = len(counts) - len(order)
     return f"classes: {text}" + (f"; {absent} without any box" if absent else "")
 
@@ -204,7 +204,7 @@ def render(result: dict[str, Any], examples: int = 3) -> list[str]:
     for where, pairs in result["duplicates"].items():
         if pairs:
             what = f"{len(pairs):,} images of equal content in {where.replace('/', ' and ')}"
-            lines.append(printable(f"{what}, e.g. {pairs[0][0]} and {pairs[0][1]}"))
+            lines.append(spelled_out(f"{what}, e.g. {pairs[0][0]} and {pairs[0][1]}"))
     return lines
 
 
@@ -234,7 +234,7 @@ def _class_table(splits: dict[str, dict]) -> list[str]:
     rows = [("class", *splits)]
     for name in names[:SHOWN_CLASSES]:
         cells = [_share(s["classes"].get(name, 0), s["boxes"]) for s in splits.values()]
-        rows.append((printable(name), *cells))
+        rows.append((spelled_out(name), *cells))
     more = [f"... and {len(names) - SHOWN_CLASSES} more classes"] if len(names) > SHOWN_CLASSES else []
     return _table(rows) + more
 

@@ -8,7 +8,7 @@ import numpy as np
 from utils.core.files import atomic_write
 from utils.data.check import EDGES, SHOWN_CLASSES, object_sizes
 from utils.data.index import LabelIndex
-from utils.data.problems import printable
+from utils.data.problems import spelled_out
 
 
 def draw_check(path: str | Path, indices: dict[str, LabelIndex], imgsz: int) -> None:
@@ -29,7 +29,7 @@ def draw_check(path: str | Path, indices: dict[str, LabelIndex], imgsz: int) -> 
 
 
 def _classes(axis: Any, indices: dict[str, LabelIndex]) -> None:
-    names = [printable(name)[:30].replace("$", r"\$") for name in next(iter(indices.values())).names[:SHOWN_CLASSES]]
+    names = [spelled_out(name)[:30].replace("$", r"\$") for name in next(iter(indices.values())).names[:SHOWN_CLASSES]]
     width = 0.8 / len(indices)
     for k, (split, index) in enumerate(indices.items()):
         counts = np.bincount(index.cls[~index.crowd], minlength=index.nc)[: len(names)]

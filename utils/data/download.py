@@ -30,7 +30,7 @@ from tqdm import tqdm
 from utils.core.errors import UserError
 from utils.core.log import LOGGER
 from utils.data.frames import redact
-from utils.data.problems import printable
+from utils.data.problems import spelled_out
 from utils.data.spec import DataSpec, normalize
 
 MAX_BYTES = 200 * 10**9  # of an archive, and of what comes out of it
@@ -139,7 +139,7 @@ def _download(url: str, file: Path, expected: str, max_bytes: int) -> None:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{shown} cannot be downloaded ({printable(str(error))}); check the address and the network"
+            f"{shown} cannot be downloaded ({spelled_out(str(error))}); check the address and the network"
         ) from error
     if total and done != total:
         raise UserError(f"{shown} broke off after {done:,} of {total:,} bytes; try again")
@@ -167,13 +167,13 @@ def _unpack(file: Path, folder: Path, name: str, max_bytes: int) -> None:
             path = folder.joinpath(*_safe_parts(member, name))
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "xb") as target:
-                _copy(source, target, size, f"'{printable(member)}' in '{name}'")
+                _copy(source, target, size, f"'{spelled_out(member)}' in '{name}'")
     except _ARCHIVE_ERRORS as error:
         raise UserError(
-            f"'{name}' is a broken archive ({printable(str(error))}); try again, or tell its owner"
+            f"'{name}' is a broken archive ({spelled_out(str(error))}); try again, or tell its owner"
         ) from error
     except (OSError, RuntimeError) as error:
-        raise UserError(f"'{name}' cannot be unpacked ({printable(str(error))})") from error
+        raise UserError(f"'{name}' cannot be unpacked ({spelled_out(str(error))})") from error
 
 
 def _copy(source: IO[bytes], target: IO[bytes], size: int, what: str) -> None:
@@ -192,7 +192,9 @@ def _safe_parts(member: str, name: str) -> tuple[str, ...]:
     parts = PurePosixPath(member).parts
     bad = not parts or member.startswith("/") or ".." in parts or any(c in member for c in "\\:\0")
     if bad:
-        raise UserError(f"'{name}' holds the path '{printable(member)}', which leads out of its folder; it is not used")
+        raise UserError(
+            f"'{name}' holds the path '{spelled_out(member)}', which leads out of its folder; it is not used"
+        )
     return parts
 
 
@@ -235,7 +237,7 @@ def _first_bytes(file: Path) -> bytes:
 
 def _no_file(name: str, member: str) -> UserError:
     return UserError(
-        f"'{name}' holds '{printable(member)}', a link or device; expected files and folders; it is not used"
+        f"'{name}' holds '{spelled_out(member)}', a link or device; expected files and folders; it is not used"
     )
 
 

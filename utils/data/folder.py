@@ -15,7 +15,7 @@ from utils.core.errors import UserError
 from utils.core.hyp import Hyp
 from utils.data.augment import Flip, Hsv, finish, generator
 from utils.data.dataset import Sample
-from utils.data.images import IMAGE_SUFFIXES, ImageError, read_image
+from utils.data.images import IMAGE_SUFFIXES, read_image
 from utils.data.order import SAMPLE
 from utils.data.spec import DataSpec
 
@@ -40,10 +40,7 @@ class ClassIndex:
         """Image number `i`, uint8 [h, w, 3] RGB."""
         if self.pixels is not None:
             return self.pixels[i]
-        try:
-            return read_image(self.files[i])
-        except ImageError as error:
-            raise UserError(f"{self.files[i]}: {error}; remove the file or replace it") from error
+        return read_image(self.files[i])
 
     def title(self, i: int) -> str:
         """What image number `i` is called in reports."""

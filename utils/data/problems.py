@@ -39,7 +39,7 @@ KEPT = 20_000  # problems kept with their file names; all are counted
 LINES_KEPT, LINES_SHOWN = 1000, 5  # line numbers of one problem
 
 
-def printable(text: str) -> str:
+def spelled_out(text: str) -> str:
     """Text from file names and labels, safe to print: line breaks, control codes and broken UTF-8 are spelled out."""
     if text.isprintable():
         return text
@@ -73,7 +73,7 @@ class Problem:
             dots = ", ..." if len(self.lines) > LINES_SHOWN + 1 else ""
             lines = f", line{'s' * (len(others) > 1)} {', '.join(map(str, others))}{dots}" if others else ""
             more = f" (and {self.count - 1} more in this file{lines})"
-        return printable(f"{self.where} {self.detail}{more}: {self.action}")
+        return spelled_out(f"{self.where} {self.detail}{more}: {self.action}")
 
 
 @dataclass
@@ -133,6 +133,6 @@ class Report:
 
 def refuse(problems: list[Problem], total: int, expected: str) -> UserError:
     """The one-line error for problems that stop a run: the first ten places, and how many there are."""
-    shown = printable("; ".join(f"{problem.where} {problem.detail}" for problem in problems[:10]))
+    shown = spelled_out("; ".join(f"{problem.where} {problem.detail}" for problem in problems[:10]))
     rest = total - sum(problem.count for problem in problems[:10])
     return UserError(f"{shown}{f'; and {rest:,} more' if rest > 0 else ''}; {expected}")

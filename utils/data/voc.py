@@ -15,7 +15,7 @@ import numpy as np
 from utils.core.files import nearest
 from utils.data.images import read_regular
 from utils.data.labels import MAX_LABEL_BYTES, Issue, Labels, no_labels
-from utils.data.problems import printable
+from utils.data.problems import spelled_out
 
 
 def read_voc(path: str | Path, hw: tuple[int, int], names: tuple[str, ...]) -> tuple[Labels, list[Issue], bool]:
@@ -87,7 +87,7 @@ def voc_xml(file_name: str, hw: tuple[int, int], objects: Iterable[tuple[str, Se
     without spaces at their ends.
     """
     root = ElementTree.Element("annotation")
-    ElementTree.SubElement(root, "filename").text = printable(file_name)
+    ElementTree.SubElement(root, "filename").text = spelled_out(file_name)
     size = ElementTree.SubElement(root, "size")
     for key, value in (("width", hw[1]), ("height", hw[0]), ("depth", 3)):
         ElementTree.SubElement(size, key).text = str(value)

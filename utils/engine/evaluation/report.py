@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,15 @@ def write_json(path: str | Path, value: Any) -> Path:
     return Path(path)
 
 
+def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Iterable[Any]]) -> Path:
+    """A table; cells without a value (None, NaN) are empty."""
+    with atomic_write(path, "w") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(plain(list(row)) for row in rows)
+    return Path(path)
+
+
 def write_metrics(folder: str | Path, result: EvalResult, settings: Mapping[str, Any]) -> Path:
     """metrics.json: all numbers (null where undefined), the speed, and the settings that gave them."""
     content = {**result.metrics, "speed_ms": result.speed_ms}
@@ -76,24 +85,16 @@ def write_metrics(folder: str | Path, result: EvalResult, settings: Mapping[str,
 
 def write_per_class(folder: str | Path, metrics: Mapping[str, Any]) -> Path:
     """per_class.csv: a row per class, empty cells where undefined."""
-    path = Path(folder) / "per_class.csv"
     rows = metrics["per_class"]
-    with atomic_write(path, "w") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else ["id", "name"])
-        writer.writeheader()
-        writer.writerows(plain(rows))
-    return path
+    header = list(rows[0]) if rows else ["id", "name"]
+    return write_csv(Path(folder) / "per_class.csv", header, ([row[key] for key in header] for row in rows))
 
 
 def write_confusion(folder: str | Path, matrix: np.ndarray, names: Sequence[str]) -> Path:
     """confusion_matrix.csv: the counts [nc + 1, nc + 1], row predicted, column true, `background` last."""
     labels = [*names, "background"]
-    path = Path(folder) / "confusion_matrix.csv"
-    with atomic_write(path, "w") as file:
-        writer = csv.writer(file)
-        writer.writerow(["predicted \\ true", *labels])
-        writer.writerows([label, *row] for label, row in zip(labels, matrix.tolist(), strict=True))
-    return path
+    rows = ([label, *row] for label, row in zip(labels, matrix.tolist(), strict=True))
+    return write_csv(Path(folder) / "confusion_matrix.csv", ["predicted \\ true", *labels], rows)
 
 
 def write_report(

@@ -14,6 +14,7 @@ from utils.ops.metrics import RECALLS, Curves
 SIZE_TICKS = (2, 4, 8, 16, 32, 96, 256)
 MAX_LEGEND = 20
 MAX_TICKS = 60
+WITH_BACKGROUND = ("true class (background: there is no object)", "predicted class (background: missed)")
 
 
 def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 6)) -> tuple[Any, Any]:
@@ -182,13 +183,22 @@ def plot_confusion(matrix: np.ndarray, names: Sequence[str], folder: str | Path,
     total = matrix.sum(0, keepdims=True)
     share = np.divide(matrix, total, out=np.zeros(matrix.shape), where=total > 0)
     return [
-        _heat(matrix, labels, "counts" + note, folder / "confusion_matrix.png", "{:.0f}"),
-        _heat(share, labels, "share of each column" + note, folder / "confusion_matrix_normalized.png", "{:.2f}"),
+        heat(matrix, labels, "counts" + note, folder / "confusion_matrix.png", "{:.0f}", WITH_BACKGROUND),
+        heat(
+            share,
+            labels,
+            "share of each column" + note,
+            folder / "confusion_matrix_normalized.png",
+            "{:.2f}",
+            WITH_BACKGROUND,
+        ),
     ]
 
 
-def _heat(values: np.ndarray, labels: Sequence[str], title: str, path: Path, form: str) -> Path:
-    """A labeled matrix; numbers are written where there is room for them."""
+def heat(
+    values: np.ndarray, labels: Sequence[str], title: str, path: Path, form: str, axis_labels: tuple[str, str]
+) -> Path:
+    """A labeled matrix, row against column; numbers are written where there is room for them."""
     n = len(labels)
     side = float(np.clip(0.45 * n + 3, 6, 22))
     fig, axes = figure(size=(side, side))
@@ -196,9 +206,7 @@ def _heat(values: np.ndarray, labels: Sequence[str], title: str, path: Path, for
     shown = np.where(values > 0, values, np.nan)
     image = axis.imshow(shown, cmap="Blues", vmin=0)
     fig.colorbar(image, ax=axis, shrink=0.8, fraction=0.03)
-    axis.set(
-        title=title, xlabel="true class (background: there is no object)", ylabel="predicted class (background: missed)"
-    )
+    axis.set(title=title, xlabel=axis_labels[0], ylabel=axis_labels[1])
     size = 8 if n <= 30 else 5
     axis.set_xticks(range(n), labels, rotation=90, fontsize=size)
     axis.set_yticks(range(n), labels, fontsize=size)

@@ -45,9 +45,11 @@ class Results:
         return len(self.detections)
 
     def __iter__(self) -> Iterator["Results"]:
+        """One `Results` for each picture, as `tolist` gives them."""
         return iter(self.tolist())
 
     def __getitem__(self, i: int) -> Detections:
+        """The boxes of picture `i`; iterating gives `Results` instead."""
         return self.detections[i]
 
     @property

@@ -199,7 +199,6 @@ class TextWriter:
         self._folder, self._lines = folder / "labels", forms.lines
         self._folder.mkdir(parents=True, exist_ok=True)
         self._names = Stems()
-        self.files = 0
 
     def write(self, frame: Frame, result: Any) -> None:
         path = self._folder / f"{self._names.of_frame(frame)}.txt"
@@ -208,7 +207,6 @@ class TextWriter:
             path.unlink(missing_ok=True)  # of an earlier run into the same folder
             return
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        self.files += 1
 
     def close(self) -> None: ...
 

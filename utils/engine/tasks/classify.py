@@ -19,12 +19,10 @@ from utils.core.log import LOGGER
 from utils.data.folder import ClassDataset, build_class_index, channel_statistics
 from utils.data.loader import Batch, EvalLoader, TrainLoader
 from utils.data.spec import DataSpec
-from utils.engine.evaluation.classification import (
-    class_table,
-    draw_class_batch,
-    measure,
-    write_class_report,
-)
+from utils.engine.evaluation.class_report import class_table, draw_class_batch, write_class_report
+from utils.engine.evaluation.classification import measure
+from utils.engine.evaluation.report import MANY_CLASSES
+from utils.engine.evaluation.validate import to_float
 from utils.engine.speed import speed_line
 from utils.engine.tasks import Evaluation, LossTerm
 from utils.engine.training.settings import TrainConfig, precision
@@ -89,7 +87,7 @@ class ClassifyTask:
         )  # fmt: skip
 
     def images(self, batch: Batch, device: torch.device, epoch: int, step: int) -> Tensor:
-        return batch.images.to(device, non_blocking=True).float().div_(255)
+        return to_float(batch.images, device)
 
     def loss(self, outputs: Tensor | None, batch: Batch, global_images: int, dist: Dist) -> LossTerm:
         if outputs is None:
@@ -120,7 +118,7 @@ class ClassifyTask:
 
         result = measure(network, self._validation_loader(), self.val_index, dist)
         metrics = result.metrics
-        text = class_table(result, per_class=folder is not None and len(self.names) < 50)
+        text = class_table(result, per_class=folder is not None and len(self.names) < MANY_CLASSES)
         if folder is not None:
             text += "\n" + speed_line(result.speed_ms)
             if dist.is_main:

@@ -23,7 +23,7 @@ from utils.data.index import LabelIndex, build_index
 from utils.data.loader import Batch, EvalLoader, TrainLoader
 from utils.data.spec import DataSpec
 from utils.engine.evaluation.evaluate import EvalPlan, evaluate
-from utils.engine.evaluation.report import table, write_report
+from utils.engine.evaluation.report import MANY_CLASSES, table, write_report
 from utils.engine.evaluation.validate import ModelPredictor, ValSettings, to_float, validate
 from utils.engine.figures.pictures import BatchPictures, draw_train_batch
 from utils.engine.figures.plots import plot_labels
@@ -174,7 +174,7 @@ class DetectTask:
         numbers = {column: float(result.metrics[key]) for column, key in METRICS.items()}
         numbers |= {f"val/{name}_loss": value for name, value in result.loss.items()}
         scores = [float(np.nan_to_num(row["AP"])) for row in result.metrics["per_class"]]
-        text = table(result.metrics, per_class=folder is not None and len(self.names) < 50)
+        text = table(result.metrics, per_class=folder is not None and len(self.names) < MANY_CLASSES)
         if folder is not None:
             text += "\n" + speed_line(result.speed_ms, result.shape)
             if dist.is_main:

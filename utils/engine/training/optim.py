@@ -9,6 +9,8 @@ from torch import nn
 
 from utils.core.hyp import Hyp
 
+SHORT_RUN = 10_000  # batches
+
 GROUPS = ("norm", "weight", "bias")
 
 
@@ -65,12 +67,12 @@ class Schedule:
 
     @property
     def warmup_steps(self) -> int:
-        """max(warmup_epochs, floor) in iterations; in runs shorter than 10 floors at most a tenth of the run."""
+        """max(warmup_epochs, floor) in iterations; in runs of fewer than SHORT_RUN steps at most a tenth of the run."""
         if self.hyp.warmup_epochs <= 0:
             return 0
         wanted = max(round(self.hyp.warmup_epochs * self.steps_per_epoch), self.warmup_floor)
         total = self.epochs * self.steps_per_epoch
-        return min(wanted, total // 10) if total < 10_000 else wanted
+        return min(wanted, total // 10) if total < SHORT_RUN else wanted
 
     @property
     def accumulate(self) -> int:
