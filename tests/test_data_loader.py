@@ -1,6 +1,9 @@
 """Batches: the same from any number of workers and processes, from any step on; empty and last ones included."""
 
+import multiprocessing
 import os
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,6 +176,29 @@ def test_a_worker_that_dies_or_hangs_ends_the_run(index, how, message):
     with pytest.raises(UserError, match=message):
         batches(loader)
     loader.close()
+
+
+def _load_forever(index, pids):
+    loader = TrainLoader(DetectionDataset(index, 64, HYP, augment=True), 4, workers=2, start_method="forkserver")
+    for _ in loader.epoch(0):
+        for worker in loader._pump.loader._iterator._workers:
+            pids.put(worker.pid)
+        time.sleep(100)
+
+
+def test_workers_end_with_a_process_that_is_killed(index):
+    """Under forkserver, too, where their parent by number is another one."""
+    context = multiprocessing.get_context("forkserver")
+    pids = context.Queue()
+    process = context.Process(target=_load_forever, args=(index, pids))
+    process.start()
+    workers = [pids.get(timeout=120) for _ in range(2)]
+    process.kill()
+    process.join()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}/exe").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}/exe").exists() for pid in workers)
 
 
 def test_too_little_shared_memory_is_said_before_workers_start(index, monkeypatch):

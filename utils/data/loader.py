@@ -5,7 +5,10 @@ from any number of workers and processes, from any step on.
 """
 
 import contextlib
+import multiprocessing
+import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -133,6 +136,15 @@ def _start_worker(_: int) -> None:
     import cv2
 
     cv2.setNumThreads(0)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Torch's workers look at the number of their parent, which with start method forkserver is not the loader's."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 class _Pump:
