@@ -31,7 +31,7 @@ from utils.core.log import LOGGER
 from utils.data.index import LabelIndex, build_index
 from utils.data.spec import DataSpec, load_data
 from utils.engine.evaluation.classification import validate_classifier
-from utils.engine.evaluation.evaluate import EvalPlan, evaluate
+from utils.engine.evaluation.evaluate import EvalPlan, check_classes, evaluate
 from utils.engine.evaluation.validate import ValSettings
 from utils.engine.options import NO_WEIGHTS
 
@@ -276,12 +276,16 @@ def describe(loaded: LoadedModel, cfg: ExportConfig, nms: NmsSettings | None) ->
     )
 
 
-def measure_on(data: str, metadata: Metadata) -> Measure:
+def measure_on(data: str, metadata: Metadata) -> Measure | None:
     """A function from a predictor to its AP (or top-1) on the validation split, with one letterbox size for all."""
     spec = load_data(data)
+    check_classes(metadata, spec.names, spec.yaml.name)
     if metadata.task == "classify":
         return lambda predictor, nms: measure_classifier(predictor, spec)
     index: LabelIndex = build_index(spec, "val")
+    if not len(index.cls):
+        LOGGER.warning(f"{data}: the images of 'val:' have no labels, so no AP is measured")
+        return None
     plan = EvalPlan(imgsz=metadata.imgsz, batch_size=max(metadata.batch, 8), workers=0, rect=False)
 
     def measure(predictor: Predictor, nms: NmsSettings | None) -> dict[str, float]:

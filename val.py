@@ -5,6 +5,7 @@ python val.py --predictions results.json --annotations instances.json
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from utils.core.dist import Dist
 from utils.core.errors import UserError
 from utils.core.files import increment_path, short_names
 from utils.core.log import LOGGER, quiet
-from utils.data.frames import unique_names
+from utils.data.frames import distinct
 from utils.data.index import LabelIndex, build_index
 from utils.data.spec import DataSpec, load_data
 from utils.engine.evaluation.class_report import class_table, write_class_report
@@ -51,6 +52,10 @@ from utils.engine.speed import STAGES, speed_line
 from utils.ops.metrics import confusion_matrix
 
 ONE_CLASS = "--single-cls: the ids in predictions.json are those of annotations.json beside it, which has the one class"
+ROTATED = (
+    "the annotation file has {} images as they were before EXIF rotation, the boxes in predictions.json are of upright "
+    "ones: their ids are those of annotations.json beside it, whose boxes are upright too"
+)
 TASKS = ("val", "test", "train", "speed", "study")
 # The options that mean something in each mode; --workers and --noplots never change what is measured.
 ALWAYS = names_of(RunFolderOptions) | {"workers", "noplots"}
@@ -233,14 +238,21 @@ def save_predictions(cfg: ValConfig, folder: Path, result: EvalResult, index: La
     files = [index.file(i) for i in range(len(index))]
     if cfg.save_json:
         truth = result.truth
-        if not index.own_ids or cfg.single_cls:
-            LOGGER.info(ONE_CLASS if cfg.single_cls else own_numbers(spec))
+        rotated = index.report.counts.get("coco-rotated", 0)
+        if not index.own_ids or cfg.single_cls or rotated:
+            LOGGER.info(ONE_CLASS if cfg.single_cls else ROTATED.format(rotated) if rotated else own_numbers(spec))
             truth = replace(truth, image_ids=ids_from_names([file.stem for file in files]))
-            write_json(folder / "annotations.json", coco_annotations(truth, [file.name for file in files]))
+            write_json(folder / "annotations.json", coco_annotations(truth, relative_names(files)))
         write_json(folder / "predictions.json", coco_results(result.detections, truth))
     if cfg.save_txt:
-        stems = unique_names([file.stem for file in files])
+        stems = distinct([file.stem for file in files])
         write_rows(folder / "labels", result.detections, stems, index.shapes, with_conf=cfg.save_conf)
+
+
+def relative_names(files: Sequence[Path]) -> list[str]:
+    """Paths of images from the folder that holds them all."""
+    home = os.path.commonpath([file.parent for file in files])
+    return [file.relative_to(home).as_posix() for file in files]
 
 
 def own_numbers(spec: DataSpec) -> str:

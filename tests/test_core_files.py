@@ -3,7 +3,7 @@
 import pytest
 
 from utils.core.errors import UserError
-from utils.core.files import atomic_write, increment_path, nearest
+from utils.core.files import atomic_write, cache_dir, increment_path, nearest
 from utils.core.yamls import dump_yaml, load_yaml, parse_yaml
 
 
@@ -26,6 +26,20 @@ def test_what_the_disk_refuses_is_one_line(tmp_path):
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
     with pytest.raises(UserError, match="cannot write"), atomic_write(path / "below" / "b.txt"):
         pass
+
+
+def test_without_a_cache_folder_a_temporary_one_serves(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("YOLOV5_SPD_CACHE", str(tmp_path / "file"))
+    place = cache_dir("index")
+    assert place.is_dir() and tmp_path not in place.parents and cache_dir("index") == place
+    assert capsys.readouterr().out.count("a temporary one serves") == 1
+
+
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_what_is_no_name_of_a_run_folder(name):
+    with pytest.raises(UserError, match="is no name for a run folder"):
+        increment_path(".", name)
 
 
 def test_run_folders_are_numbered_from_two(tmp_path):

@@ -65,6 +65,12 @@ def test_a_classifier_is_exported_for_squares(tmp_path, capsys):
         export.main([*argv, "96"])
 
 
+def test_data_of_other_classes_is_refused(weights, tmp_path):
+    data = write_dataset(tmp_path / "set", train=1, val=1, size=64)
+    with pytest.raises(UserError, match="the model has 3 classes"):
+        export.run(weights=weights, include=["torchscript"], imgsz=64, data=data)
+
+
 def test_python_call_with_data_prints_both_aps(weights, tmp_path, capsys):
     data = write_dataset(tmp_path / "set", train=2, val=2, size=64)
     rows = export.run(weights=weights, include=["torchscript"], imgsz=64, data=with_three_classes(data))

@@ -7,7 +7,7 @@ import pytest
 
 from tests.media import write_picture, write_video
 from utils.core.errors import UserError
-from utils.data.frames import redact, safe_name, unique_names
+from utils.data.frames import distinct, redact, safe_name, unique_names
 from utils.data.screen import parse_screen
 from utils.data.sources import FileSource, has_sequence, open_source
 from utils.data.streams import StreamSource
@@ -233,6 +233,18 @@ def test_live_addresses_open_lazily_and_keep_secrets():
 )
 def test_safe_names(text, name):
     assert safe_name(text) == name
+
+
+def test_distinct_names_stay_what_they_are():
+    assert distinct(["photo (1)", "_a", "50%", "b", "B", "b_2", "b"]) == [
+        "photo (1)",
+        "_a",
+        "50%",
+        "b",
+        "B_3",
+        "b_2",
+        "b_4",
+    ]
 
 
 def test_safe_names_are_short_and_unique():

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -278,3 +280,13 @@ def test_view_without_windows_is_refused(monkeypatch):
     monkeypatch.setattr("sys.platform", "linux")
     with pytest.raises(UserError, match="DISPLAY"):
         ViewWriter(FORMS)
+
+
+@pytest.mark.parametrize("pictures", [["cars.png"], ["cars.png", "cars.jpg"], ["cars_2.png", "cars.png"]])
+def test_pictures_that_are_called_like_a_video_before_them(pictures: list[str]) -> None:
+    """`cars_2` would be the name of a frame; names are found, and all differ from those of frames."""
+    stems = Stems()
+    video = Frame(np.zeros((4, 4, 3), np.uint8), "cars.mp4", "video", 1, 9, path=Path("cars.mp4"))
+    assert stems.of(video) == "cars"
+    names = [stems.of(replace(video, name=n, kind="image", item=i, path=Path(n))) for i, n in enumerate(pictures, 2)]
+    assert len(set(names)) == len(names) and not any(re.fullmatch(r"cars(_\d+)?", name) for name in names)

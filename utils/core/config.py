@@ -185,13 +185,17 @@ def refuse_changed(config: Any, allowed: Collection[str], where: str) -> None:
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
-    """Run a verb as a program: a UserError becomes one line on stderr and exit code 1, an interrupt 130."""
+    """Run a verb as a program: UserError and OSError become one line on stderr and exit code 1, an interrupt 130."""
     try:
         code = main()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         code = 1
     except BrokenPipeError:
+        code = 1
+    except OSError as error:  # a folder without rights, a full disk
+        place = f" '{error.filename}'" if error.filename else ""
+        print(f"error: the system refuses{place}: {error.strerror or error}", file=sys.stderr, flush=True)
         code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -1,8 +1,12 @@
 """Files: atomic writes, run folders, the user's cache folder, the project's own files, and near misses of names."""
 
+import atexit
 import contextlib
 import difflib
+import functools
 import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from utils.core.errors import UserError
+from utils.core.log import LOGGER
 
 
 @contextmanager
@@ -59,6 +64,8 @@ def _sync_folder(folder: Path) -> None:
 def increment_path(project: str | Path, name: str, exist_ok: bool = False) -> Path:
     """Create and return project/name, or project/name2, name3, ... when it exists and `exist_ok` is false."""
     base = Path(project) / name
+    if not name.strip() or not base.name or base.name == "..":
+        raise UserError(f"'{base}' is no name for a run folder; give another --name")
     try:
         base.parent.mkdir(parents=True, exist_ok=True)
         if exist_ok:
@@ -77,12 +84,27 @@ def increment_path(project: str | Path, name: str, exist_ok: bool = False) -> Pa
 
 
 def cache_dir(*parts: str) -> Path:
-    """A folder for caches, created: $YOLOV5_SPD_CACHE, else $XDG_CACHE_HOME/yolov5-spd, else ~/.cache/yolov5-spd."""
-    root = os.environ.get("YOLOV5_SPD_CACHE")
-    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "yolov5-spd"
-    path = base.joinpath(*parts)
+    """A folder for caches, created: $YOLOV5_SPD_CACHE, else $XDG_CACHE_HOME/yolov5-spd, else ~/.cache/yolov5-spd.
+
+    Where none of them can be written to, a temporary one that lasts as long as this process.
+    """
+    path = _cache_root(os.environ.get("YOLOV5_SPD_CACHE"), os.environ.get("XDG_CACHE_HOME")).joinpath(*parts)
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@functools.cache
+def _cache_root(own: str | None, xdg: str | None) -> Path:
+    try:
+        root = Path(own) if own else (Path(xdg) if xdg else Path.home() / ".cache") / "yolov5-spd"
+        root.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=root).close()
+        return root
+    except (OSError, RuntimeError) as error:  # Path.home() raises a RuntimeError for users without a home
+        folder = tempfile.mkdtemp(prefix="yolov5-spd-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        LOGGER.warning(f"no cache folder ({error}): a temporary one serves; YOLOV5_SPD_CACHE names one that lasts")
+        return Path(folder)
 
 
 def existing_file(path: str | Path, what: str) -> Path:

@@ -1,7 +1,7 @@
 """What a source hands over: one picture with its origin, and names that are safe to print and to use as files."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -100,6 +100,21 @@ def safe_name(text: str, fallback: str = "unnamed") -> str:
     if _RESERVED.match(cleaned.split(".")[0]):
         cleaned = f"_{cleaned}"
     return cleaned or fallback
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names of files as they are; those that a file system could take for an earlier one get a number."""
+    first: dict[str, int] = {}
+    for number, name in enumerate(names):
+        first.setdefault(name.lower(), number)
+    taken, result = set(first), []
+    for number, name in enumerate(names):
+        count = 2
+        while first[name.lower()] != number and f"{name}_{count}".lower() in taken:
+            count += 1
+        result.append(name if first[name.lower()] == number else f"{name}_{count}")
+        taken.add(result[-1].lower())
+    return result
 
 
 def unique_names(names: list[str]) -> list[str]:

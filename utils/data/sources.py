@@ -99,7 +99,7 @@ def _expand(text: str) -> list[str]:
 
 def _read_list(path: Path) -> list[str]:
     """Entries of a list file: one path, URL or webcam number a line; `#` starts a comment line."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
     entries = [line for line in lines if line and not line.startswith("#")]
     if not entries:
         raise UserError(f"list file '{path}' is empty; expected one path, URL or webcam number a line")

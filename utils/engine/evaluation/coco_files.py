@@ -122,7 +122,7 @@ def read_json(path: str | Path, what: str) -> Any:
     """The content of a JSON file, or a UserError."""
     file = existing_file(path, what)
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as e:
         raise UserError(f"{what} '{path}' is not valid JSON: {e}") from e
 

@@ -125,14 +125,16 @@ def write_rows(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for image in np.unique(rows[:, 0].astype(int)):
+    for image, stem in enumerate(stems):
         mine = rows[rows[:, 0] == image]
+        if not len(mine):
+            (folder / f"{stem}.txt").unlink(missing_ok=True)  # of an earlier run into the same folder
+            continue
         height, width = (float(v) for v in shapes[image])
         boxes = xyxy_to_cxcywh(mine[:, 1:5].astype(np.float64)) / np.array([width, height, width, height])
         lines = []
         for (cx, cy, w, h), conf, cls in zip(boxes, mine[:, 5], mine[:, 6], strict=True):
             extra = f" {conf:g}" if with_conf else ""
             lines.append(f"{int(cls)} {cx:g} {cy:g} {w:g} {h:g}{extra}\n")
-        with open(folder / f"{stems[image]}.txt", "w", encoding="utf-8") as file:
-            file.writelines(lines)
+        (folder / f"{stem}.txt").write_text("".join(lines), encoding="utf-8")
     return folder

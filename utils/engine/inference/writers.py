@@ -66,11 +66,12 @@ class Stems:
         """`street`, or `street_2` when an earlier item had that name (case ignored), or a frame of one has."""
         if frame.item not in self._of_item:
             stem, picture = frame.stem, frame.kind == "image"
+            between = "-" if picture and stem.lower() in self._sequences else "_"  # `cars_2` is a frame of `cars`
             count = self._taken.get(stem.lower(), 0)
-            name = f"{stem}_{count + 1}" if count else stem
+            name = f"{stem}{between}{count + 1}" if count else stem
             while self._clashes(name.lower(), picture):
                 count += 1
-                name = f"{stem}_{count + 1}"
+                name = f"{stem}{between}{count + 1}"
             self._taken[stem.lower()] = count + 1
             self._taken.setdefault(name.lower(), 1)
             if picture:
