@@ -19,6 +19,7 @@ from utils.core.errors import UserError
 from utils.core.files import atomic_write, project_file
 from utils.core.log import LOGGER
 from utils.core.yamls import dump_yaml, load_yaml
+from utils.data.spec import load_data
 from utils.engine.training.search import Range, TrainingRun, load_space, plot_parallel
 from utils.engine.training.settings import TrainConfig
 
@@ -197,6 +198,8 @@ def join(config: TuneConfig, given: Set[str]) -> tuple[TuneConfig, Path]:
         return config_from_kwargs(TuneConfig, **{**stored, **{name: asked[name] for name in PER_PROCESS}}), folder
     if not (config.cfg or config.weights):
         raise UserError("nothing to train: give --cfg models/yolov5-spd-n.yaml, or --weights, or both")
+    load_space(project_file(config.space, "--space file", "data/hyps"))
+    load_data(config.data)  # a study is not begun with what no trial could read
     dump_yaml(settings, config_dict(config))
     return config, folder
 

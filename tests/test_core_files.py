@@ -1,5 +1,10 @@
 """Atomic writes, run folders, strict YAML, near misses."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 
 from utils.core.errors import UserError
@@ -80,3 +85,17 @@ def test_yaml_round_trip(tmp_path):
 def test_nearest():
     assert "batch-size" in nearest("bach-size", ["batch-size", "epochs"])
     assert nearest("zzz", ["batch-size"]) == ""
+
+
+def test_names_that_are_not_utf8_can_be_written_down(tmp_path):
+    name = os.fsdecode(b"caf\xe9.jpg")
+    with atomic_write(tmp_path / "a.json", "w") as file:
+        json.dump({"file": name}, file, ensure_ascii=False)
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["file"] == name
+
+
+def test_a_console_without_the_letters_still_gets_the_message(root):
+    code = "from utils.core.log import LOGGER; LOGGER.info('\u732b 0.9')"
+    env = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "\\u732b 0.9\n" and not done.stderr

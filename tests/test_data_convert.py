@@ -180,3 +180,8 @@ def test_odd_names_are_found_again(tmp_path, to):
 def test_polygons_are_for_yolo_files(source, tmp_path):
     with pytest.raises(UserError, match="--polygons has no meaning with --to voc"):
         convert_data.run(data=source, to="voc", output=tmp_path / "o", polygons=True)
+
+
+def test_a_set_does_not_grow_by_its_own_copy(source):
+    with pytest.raises(UserError, match="lies among the images"):
+        convert_data.run(data=source, to="coco", output=source.parent / "images" / "train" / "sub" / "copy")

@@ -123,3 +123,12 @@ def test_speeds_of_processes_add_up():
     total = Speed.total(parts)
     assert total.ms() == pytest.approx({"pre-process": 100.0, "inference": 1000.0}) and total.shape == (1, 3, 64, 64)
     assert list(total.ms()) == ["pre-process", "inference"], "stages in their order"
+
+
+def test_dollar_signs_in_names_are_no_formulas(tmp_path: Path):
+    names = ["$x^{$", "$5", "a_b"]
+    assert opened(plots.heat(np.eye(3), names, "$x^{$", tmp_path / "a.png", "{:.0f}", ("x", "y"))).size[0] > 100
+    plots.plot_labels(
+        np.array([0, 1]), np.array([[1, 1, 9, 9]] * 2), np.array([[20, 20]] * 2), names, tmp_path / "l.jpg"
+    )
+    assert opened(tmp_path / "l.jpg").size[0] > 100

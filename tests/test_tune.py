@@ -184,6 +184,13 @@ def test_train_args_of_switches_are_flags_or_nothing() -> None:
             tune.TuneConfig(cfg="x.yaml", train_args=[pair])
 
 
+def test_a_study_is_not_begun_with_what_cannot_be_read(fake: Path) -> None:
+    for wrong in ({"space": "nope.yaml"}, {"data": "nope.yaml"}):
+        with pytest.raises(UserError, match="nope"):
+            tune.run(**options(fake, **wrong))
+        assert not (fake / "tune/exp/study.yaml").exists()
+
+
 def test_nothing_to_train_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing to train"):
         tune.run(project=str(tmp_path))

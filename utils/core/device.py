@@ -19,8 +19,10 @@ LARGEST_INT = 2**31 - 1
 def parse_device(spec: str) -> list[int] | str:
     """`''` -> best available, `cpu`, `mps`, `0`, `cuda:1`, `0,1` -> list of GPU numbers or a device type."""
     text = str(spec).strip().lower().replace("cuda:", "").replace("none", "")
-    if text in ("", "cuda"):
+    if text == "":
         return [0] if torch.cuda.is_available() else "cpu"
+    if text == "cuda":
+        return [0]
     if text in ("cpu", "mps"):
         return text
     if not re.fullmatch(r"\d+(,\s*\d+)*", text):
@@ -67,9 +69,8 @@ def check_gpus(spec: str, numbers: Sequence[int]) -> None:
     """Refuse GPUs that torch does not see."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if max(numbers) >= count:
-        raise UserError(
-            f"--device {spec}, but torch sees {count} CUDA devices; use --device cpu or a number below {count}"
-        )
+        usable = f"--device cpu or a number below {count}" if count else "--device cpu"
+        raise UserError(f"--device {spec}, but torch sees {count} CUDA devices; use {usable}")
 
 
 def check_architecture(index: int) -> None:

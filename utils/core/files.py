@@ -16,6 +16,8 @@ from typing import IO, Any
 from utils.core.errors import UserError
 from utils.core.log import LOGGER
 
+ODD_NAMES = "backslashreplace"  # how file names that are not UTF-8 stand in text files; JSON reads them back
+
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
@@ -28,8 +30,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
-        with open(temporary, mode, encoding=encoding, newline=newline) as file:
+        encoding, newline, errors = (None, None, None) if "b" in mode else ("utf-8", "", ODD_NAMES)
+        with open(temporary, mode, encoding=encoding, newline=newline, errors=errors) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -1,5 +1,6 @@
 """The project's logger: plain messages on standard output, silenced by level and never by redirecting streams."""
 
+import io
 import logging
 import sys
 
@@ -14,6 +15,8 @@ class _Stdout(logging.StreamHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stdout
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+            sys.stdout.reconfigure(errors="backslashreplace")  # a name that the console cannot show costs no message
         super().emit(record)
 
 

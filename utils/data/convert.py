@@ -59,6 +59,9 @@ def convert(
     output = Path(os.path.abspath(output))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists already; expected the name of a new folder, nothing is overwritten")
+    for source in (Path(os.path.abspath(path)) for split in splits or spec.splits for path in spec.require(split)):
+        if source.is_dir() and source in output.parents:
+            raise UserError(f"{output} lies among the images of {spec.yaml}; choose a folder elsewhere")
     output.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, Converted] = {}
     with tempfile.TemporaryDirectory(prefix=f".{output.name[:100]}-", dir=output.parent) as folder:

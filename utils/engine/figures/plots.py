@@ -28,7 +28,12 @@ def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 6)) 
 
 
 def save(fig: Any, path: str | Path, dpi: int = 150) -> Path:
-    """Write a figure, whole or not at all."""
+    """Write a figure, whole or not at all. Dollar signs in names are what they are, not formulas."""
+    from matplotlib.text import Text
+
+    for text in fig.findobj(Text):
+        if "$" in text.get_text() and "mathdefault" not in text.get_text():  # that is how axes write powers of ten
+            text.set_parse_math(False)
     path = Path(path)
     with atomic_write(path) as file:
         fig.savefig(file, dpi=dpi, format=path.suffix.lstrip("."))

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 
 from utils.core.errors import UserError
+from utils.core.files import ODD_NAMES
 from utils.data.frames import Frame, safe_name, unique_names
 from utils.engine.inference.records import Forms
 from utils.ops.detections import Detections
@@ -257,7 +258,7 @@ class CsvWriter:
 
     def __init__(self, folder: Path, forms: Forms) -> None:
         self._rows = forms.rows
-        self._file = open(folder / "predictions.csv", "w", encoding="utf-8", newline="")  # noqa: SIM115 (closed in close)
+        self._file = open(folder / "predictions.csv", "w", encoding="utf-8", errors=ODD_NAMES, newline="")  # noqa: SIM115 (closed in close)
         self._csv = csv.writer(self._file)
         self._csv.writerow(forms.header)
 
@@ -274,7 +275,7 @@ class NdjsonWriter:
 
     def __init__(self, folder: Path, forms: Forms) -> None:
         self._record = forms.record
-        self._file = open(folder / "predictions.ndjson", "w", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self._file = open(folder / "predictions.ndjson", "w", encoding="utf-8", errors=ODD_NAMES)  # noqa: SIM115 (closed in close)
 
     def write(self, frame: Frame, result: Any) -> None:
         self._file.write(json.dumps(self._record(frame, result), ensure_ascii=False) + "\n")
