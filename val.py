@@ -313,8 +313,8 @@ def measure_study(cfg: ValConfig, dist: Dist) -> ValReport:
     if not len(index.cls):
         raise UserError(f"{spec.yaml}: the {len(index)} images of 'val:' have no labels, so nothing can be measured")
     rows: list[dict[str, Any]] = []
-    for label, predictor in zip(short_names(cfg.weights), predictors, strict=True):
-        settings = val_settings(cfg, predictor)
+    all_settings = [val_settings(cfg, predictor) for predictor in predictors]
+    for label, predictor, settings in zip(short_names(cfg.weights), predictors, all_settings, strict=True):
         check_classes(predictor, spec.names, spec.yaml.name, cfg.single_cls)
         if predictor.imgsz is not None:
             raise UserError(f"{label} was exported for one size; --task study needs a model that takes any")
@@ -329,7 +329,7 @@ def measure_study(cfg: ValConfig, dist: Dist) -> ValReport:
         folder = increment_path(cfg.project, cfg.name, cfg.exist_ok)
         write_study(rows, folder, figures=not cfg.noplots)
         used = {**describe_run(cfg, plan_for(cfg, predictors[0]), dist), "imgsz": list(cfg.sizes)}
-        used |= val_settings(cfg, predictors[0]).as_dict()
+        used |= all_settings[0].as_dict()
         write_json(folder / "study.json", {"rows": rows, "settings": used})
         LOGGER.info(f"Results saved to {folder}")
     return ValReport(folder, {"study": rows})
