@@ -18,6 +18,7 @@ from torch import Tensor
 from models.backends.base import METADATA_KEY, Metadata, Predictor, foreign_metadata, need, rows_from_padded
 from models.backends.graph import ExportJob
 from models.backends.onnx_graph import build_graph
+from models.backends.openvino_winograd import use_winograd
 from utils.core.errors import UserError
 
 PROFILE = "PERFORMANCE_HINT"
@@ -115,6 +116,7 @@ def load(
     else:
         outputs = {f"output{i}": _sizes(output) for i, output in enumerate(model.outputs)}
         metadata = foreign_metadata(str(path), names, imgsz, _sizes(model.inputs[0]), outputs)
+    use_winograd(model)
     config = {
         "INFERENCE_PRECISION_HINT": _precision(core, half),
         PROFILE: "LATENCY",

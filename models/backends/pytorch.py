@@ -53,10 +53,10 @@ class PyTorchPredictor(Predictor):
         self.dtype = torch.float32 if not half else torch.bfloat16 if on_cpu else torch.float16
         network = fuse_network(model) if fuse else copy.deepcopy(model).eval()
         self.network = network.float().to(device).requires_grad_(False)
+        if fuse and on_cpu:
+            use_winograd(self.network)
         if half:
             shrink(self.network, self.dtype)
-        elif fuse and on_cpu:
-            use_winograd(self.network)
         self.network.to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
