@@ -32,6 +32,7 @@ from utils.data.index import LabelIndex, build_index
 from utils.data.spec import DataSpec, load_data
 from utils.engine.evaluation.classification import validate_classifier
 from utils.engine.evaluation.evaluate import EvalPlan, check_classes, evaluate
+from utils.engine.evaluation.report import shown
 from utils.engine.evaluation.validate import ValSettings
 from utils.engine.options import NO_WEIGHTS
 
@@ -327,9 +328,9 @@ def benchmark_table(rows: Sequence[Exported]) -> str:
     for row in rows:
         first, second = (row.metrics.get(key, float("nan")) for key in columns)
         note = row.failure or row.skipped
-        lines.append(
-            f"{row.format.title:<14}{row.size_mb:>8.1f}{first:>9.4f}{second:>9.4f}{row.ms:>10.1f}  {note}".rstrip()
-        )
+        cells = ((row.size_mb, 8, 1), (first, 9, 4), (second, 9, 4), (row.ms, 10, 1))
+        numbers = "".join(shown(value, digits).rjust(width) for value, width, digits in cells)
+        lines.append(f"{row.format.title:<14}{numbers}  {note}".rstrip())
     return "\n".join(lines)
 
 

@@ -73,7 +73,7 @@ class Model:
             conf_thres=self.conf,
             iou_thres=self.iou,
             max_det=self.max_det,
-            classes=None if self.classes is None else tuple(np.atleast_1d(self.classes).tolist()),
+            classes=None if self.classes is None else class_numbers(self.classes),
             agnostic=self.agnostic,
             multi_label=self.multi_label,
             batch_size=batch_size,
@@ -86,6 +86,14 @@ class Model:
 
     def __repr__(self) -> str:
         return f"<Model with {len(self.names)} classes on {self.predictor.device}>"
+
+
+def class_numbers(classes: Any) -> tuple[int, ...]:
+    """`classes` as numbers."""
+    numbers = np.atleast_1d(np.asarray(classes))
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
+        raise UserError(f"classes={classes!r}; expected the number of a class, or a list of numbers")
+    return tuple(numbers.tolist())
 
 
 def network_sides(size: Any) -> tuple[int, ...]:

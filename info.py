@@ -19,7 +19,7 @@ from utils.core.config import config_from_kwargs, option, parse_config, run_cli
 from utils.core.errors import UserError
 
 DEFAULT_SIZE = 640
-WEIGHTS = (".pt", ".safetensors")
+WEIGHTS, YAMLS = (".pt", ".safetensors"), (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class InfoConfig:
 
 def measure(config: InfoConfig) -> Summary:
     """The costs of the network that `config` names; the image size defaults to the checkpoint's own or the task's."""
-    if Path(config.cfg).suffix in WEIGHTS:
+    path = Path(config.cfg)
+    if path.suffix in WEIGHTS or (path.is_file() and path.suffix not in YAMLS):
         if config.nc:
             raise UserError(f"--nc {config.nc} is for a model YAML; '{config.cfg}' has its own number of classes")
         loaded = load_model(config.cfg)

@@ -51,7 +51,7 @@ class TrainResult:
 def read_hyp(config: TrainConfig) -> Hyp:
     """The hyper-parameters of a new run: --hyp, else the preset's file; names of data/hyps are found from anywhere."""
     name = config.hyp_file or PRESET_HYP[config.preset]
-    return load_hyp(project_file(name, "--hyp file", "data/hyps"), config.hyp_overrides)
+    return load_hyp(project_file(name, "--hyp file", "data/hyps", "hyp.*.yaml"), config.hyp_overrides)
 
 
 def make_model(config: TrainConfig, spec: DataSpec, hyp: Hyp) -> tuple[Network, dict[str, Any]]:

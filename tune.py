@@ -16,16 +16,19 @@ from typing import Any
 
 from utils.core.config import config_dict, config_from_kwargs, find_option, given_options, option, parse_config, run_cli
 from utils.core.errors import UserError
-from utils.core.files import atomic_write, project_file
+from utils.core.files import atomic_write, nearest, project_file
 from utils.core.log import LOGGER
 from utils.core.yamls import dump_yaml, load_yaml
 from utils.data.spec import load_data
+from utils.engine.tasks.classify import METRICS as CLASSIFIER
+from utils.engine.tasks.detect import METRICS as DETECTOR
 from utils.engine.training.search import Range, TrainingRun, load_space, plot_parallel
 from utils.engine.training.settings import TrainConfig
 
 HERE = Path(__file__).resolve().parent
 SAMPLERS = ("tpe", "random-grid")
 LARGEST_GRID = 4096  # above this, grid points are drawn at random instead of being listed and dealt out
+METRICS = ("fitness", *(n.removeprefix("metrics/") for n in (*DETECTOR, *CLASSIFIER) if n.startswith("metrics/")))
 SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}  # values of a switch
 PER_PROCESS = ("trials", "device", "workers", "project", "name")  # what a process that joins a study may set
 
@@ -57,6 +60,8 @@ class TuneConfig:
     def __post_init__(self) -> None:
         if self.trials < 1 or self.epochs < 1 or self.prune_after < 1:
             raise UserError("--trials, --epochs and --prune-after must be 1 or more")
+        if self.metric not in METRICS:
+            raise UserError(f"--metric {self.metric}; expected {', '.join(METRICS)}{nearest(self.metric, METRICS)}")
         for pair in self.train_args:
             train_flags(pair)
 
@@ -198,7 +203,7 @@ def join(config: TuneConfig, given: Set[str]) -> tuple[TuneConfig, Path]:
         return config_from_kwargs(TuneConfig, **{**stored, **{name: asked[name] for name in PER_PROCESS}}), folder
     if not (config.cfg or config.weights):
         raise UserError("nothing to train: give --cfg models/yolov5-spd-n.yaml, or --weights, or both")
-    load_space(project_file(config.space, "--space file", "data/hyps"))
+    load_space(project_file(config.space, "--space file", "data/hyps", "space*.yaml"))
     load_data(config.data)  # a study is not begun with what no trial could read
     dump_yaml(settings, config_dict(config))
     return config, folder
@@ -207,7 +212,7 @@ def join(config: TuneConfig, given: Set[str]) -> tuple[TuneConfig, Path]:
 def tune(config: TuneConfig, given: Set[str]) -> TuneReport:
     """Run trials until the study has as many as asked for, then write what was found; `given`: see `join`."""
     config, folder = join(config, given)
-    space = load_space(project_file(config.space, "--space file", "data/hyps"))
+    space = load_space(project_file(config.space, "--space file", "data/hyps", "space*.yaml"))
     study = open_study(config, folder, space)
     import optuna
 

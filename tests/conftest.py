@@ -4,10 +4,14 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+from tests.runs import HYP, SMALL
+from utils.data.scenes import write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,3 +57,18 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs real data in {folder} (or name its folder in YOLOV5_SPD_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data YAML of 24 + 8 drawn pictures of 64 px."""
+    return write_dataset(tmp_path_factory.mktemp("scenes"), train=24, val=8, size=64)
+
+
+@pytest.fixture(scope="session")
+def whole(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An uninterrupted training run with pictures, as `train.run` returns it."""
+    import train
+
+    project = tmp_path_factory.mktemp("runs")
+    return train.run(**{**SMALL, "noplots": False}, data=scenes, hyp=HYP, project=project, save_every="1")

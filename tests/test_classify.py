@@ -140,10 +140,14 @@ def test_loss_of_shares_is_that_of_the_batch(folder: Path, tmp_path: Path) -> No
 
 
 def test_an_optimizer_step_is_the_mean_over_the_nominal_batch(folder: Path, tmp_path: Path) -> None:
-    """Gradients of 4 accumulated batches of 2 equal those of one batch of 8 at nominal batch 8."""
+    """The losses of 4 accumulated batches of 2 add up to that of one batch of 8."""
     config = TrainConfig(cfg=str(small_cfg(tmp_path)), imgsz=16, batch_size=2, workers=0)
     task = ClassifyTask(build_model(config.cfg), load_data(folder), config, load_hyp(None, ["nominal_batch=8"]), DIST)
-    assert task.accumulate == 4
+    batches = [batch for batch, _ in zip(task.loader(None).epoch(0), range(4), strict=False)]
+    logits = torch.randn(4, 2, 3)
+    losses = [task.loss(logits[i], batch, 2, DIST).total for i, batch in enumerate(batches)]
+    labels = torch.cat([batch.targets[:, 1].long() for batch in batches])
+    assert torch.allclose(sum(losses), F.cross_entropy(logits.flatten(0, 1), labels))
 
 
 def test_train_val_resume(folder: Path, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_images_are_picked_for_both_sides():
     assert all(gain[i] == g and g != 0 for i, g in picked)
     assert {g > 0 for _, g in picked} == {True, False}
     for i, _ in picked:
-        x1, y1, x2, y2 = region(truth, first, second, i)
+        x1, y1, x2, y2 = region(truth, first, second, i, (640, 640))
         assert 0 <= x1 < x2 <= 640 and 0 <= y1 < y2 <= 640
 
 
@@ -174,6 +174,20 @@ def test_flags_reach_the_comparison(tmp_path: Path):
     content = json.loads((tmp_path / "exp" / "compare.json").read_text())
     assert "AP_8-32" in content["A"] and content["settings"]["max_det"] == 400
     assert content["settings"]["area_pixels"] == "network" and content["settings"]["imgsz"] == [[160, 160]] * 2
+
+
+def test_records_without_sizes_have_their_pictures(tmp_path: Path):
+    data = dataset(tmp_path / "squares", images=1)
+    box = {"image_id": 7, "category_id": 1, "bbox": [5, 5, 50, 50]}
+    truth = {"images": [{"id": 7, "file_name": "picture0.png"}], "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "t.json").write_text(json.dumps({**truth, "annotations": [box]}))
+    (tmp_path / "a.json").write_text(json.dumps([{**box, "score": 0.9}]))
+    (tmp_path / "b.json").write_text("[]")
+    report = compare.run(
+        predictions=[str(tmp_path / f"{x}.json") for x in "ab"], annotations=tmp_path / "t.json",
+        images=data.parent / "images", project=tmp_path, replicates=0, conf=0.5,
+    )  # fmt: skip
+    assert [path.name for path in report.pictures] == ["01_A_better_by_1_picture0.jpg"]
 
 
 def test_pictures_that_cannot_be_shown_cost_nothing_else(tmp_path: Path, capsys):

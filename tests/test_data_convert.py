@@ -182,6 +182,15 @@ def test_polygons_are_for_yolo_files(source, tmp_path):
         convert_data.run(data=source, to="voc", output=tmp_path / "o", polygons=True)
 
 
+def test_images_without_any_label_are_no_data_set(tmp_path):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "cat" / "a.jpg")
+    (tmp_path / "d.yaml").write_text("train: train\nnames: [cat]\n")
+    with pytest.raises(UserError, match="none of its 1 images has a labeled object"):
+        convert_data.run(data=tmp_path / "d.yaml", to="coco", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_set_does_not_grow_by_its_own_copy(source):
     with pytest.raises(UserError, match="lies among the images"):
         convert_data.run(data=source, to="coco", output=source.parent / "images" / "train" / "sub" / "copy")

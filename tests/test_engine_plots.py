@@ -125,6 +125,13 @@ def test_speeds_of_processes_add_up():
     assert list(total.ms()) == ["pre-process", "inference"], "stages in their order"
 
 
+def test_legends_have_names_that_begin_with_an_underscore():
+    fig, axes = plots.figure()
+    for name in ("_void", "car"):
+        axes[0, 0].plot([0, 1], [0, 1], label=plots.legend_text(name))
+    assert [text.get_text().strip() for text in axes[0, 0].legend().get_texts()] == ["_void", "car"]
+
+
 def test_dollar_signs_in_names_are_no_formulas(tmp_path: Path):
     names = ["$x^{$", "$5", "a_b"]
     assert opened(plots.heat(np.eye(3), names, "$x^{$", tmp_path / "a.png", "{:.0f}", ("x", "y"))).size[0] > 100

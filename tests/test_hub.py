@@ -93,6 +93,9 @@ def test_settings_are_attributes(model):
     assert model(picture, size=np.int64(256))[0].cls.tolist() == [1]
     with pytest.raises(UserError, match="size='256'; expected a whole number"):
         model(picture, size="256")
+    model.classes = "person"
+    with pytest.raises(UserError, match="classes='person'; expected the number of a class"):
+        model(picture, size=256)
     model.classes, model.max_det = None, 1
     assert len(model(picture, size=256)[0]) == 1
     model.conf = 0.95

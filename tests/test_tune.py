@@ -185,9 +185,10 @@ def test_train_args_of_switches_are_flags_or_nothing() -> None:
 
 
 def test_a_study_is_not_begun_with_what_cannot_be_read(fake: Path) -> None:
-    for wrong in ({"space": "nope.yaml"}, {"data": "nope.yaml"}):
-        with pytest.raises(UserError, match="nope"):
+    for wrong in ({"space": "nope.yaml"}, {"data": "nope.yaml"}, {"metric": "nope"}):
+        with pytest.raises(UserError, match="nope") as error:
             tune.run(**options(fake, **wrong))
+        assert "hyp.scratch" not in str(error.value)
         assert not (fake / "tune/exp/study.yaml").exists()
 
 

@@ -117,13 +117,16 @@ def existing_file(path: str | Path, what: str) -> Path:
     return found
 
 
-def project_file(name: str | Path, what: str, *folders: str) -> Path:
-    """A file by its path, by its path in the project, or by its name in one of the project's `folders`."""
+def project_file(name: str | Path, what: str, folder: str, pattern: str) -> Path:
+    """A file by its path, by its path in the project, or by its name in a folder of the project.
+
+    Where there is none, the folder's files that fit the pattern are what a user is told of.
+    """
     home = Path(__file__).resolve().parents[2]
-    for place in (Path(name), home / name, *(home / folder / name for folder in folders)):
+    for place in (Path(name), home / name, home / folder / name):
         if place.is_file():
             return place
-    known = sorted(path.name for folder in folders for path in (home / folder).glob("*.yaml"))
+    known = sorted(path.name for path in (home / folder).glob(pattern))
     hint = nearest(Path(name).name, known) or f"; there are {', '.join(known)}"
     raise UserError(f"{what} '{name}' not found (working directory: {Path.cwd()}){hint}")
 

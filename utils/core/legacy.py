@@ -68,7 +68,10 @@ def read_legacy(path: str | Path) -> LegacyFile:
         ) from None
     except (Damaged, *_DAMAGE) as error:
         reason = printable(error if type(error) is Damaged else f"{type(error).__name__}: {error}")
-        raise UserError(f"'{path}' is not a readable torch checkpoint ({reason}); fetch or save it again") from None
+        raise UserError(
+            f"'{path}' is not a readable torch checkpoint ({reason}); expected a .pt or "
+            ".safetensors file: fetch or save it again"
+        ) from None
 
 
 def _read_zip(path: Path, data: bytes) -> LegacyFile:

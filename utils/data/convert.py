@@ -79,6 +79,12 @@ def convert(
             else:
                 _write_coco(index, files, made / "annotations" / f"{split}.json", spec.format, result)
                 data.setdefault("annotations", {})[split] = f"annotations/{split}.json"
+        if not any(result.boxes for result in results.values()):
+            count = sum(result.images for result in results.values())
+            raise UserError(
+                f"{spec.yaml}: none of its {count:,} images has a labeled object, so there is nothing to convert; "
+                "expected label files, or 'annotations:' that names COCO JSON or VOC folders"
+            )
         data["names"] = dict(enumerate(spec.names))
         dump_yaml(made / "data.yaml", data)
         if output.exists():

@@ -13,7 +13,7 @@ from utils.engine.evaluation.bootstrap import Interval
 from utils.engine.evaluation.coco_eval import Truth
 from utils.engine.evaluation.report import shown
 from utils.engine.figures.pictures import draw_boxes_in, mosaic, save_picture, titled
-from utils.engine.figures.plots import figure, save
+from utils.engine.figures.plots import figure, legend_text, save
 from utils.ops.letterbox import letterbox_geometry, letterbox_image
 from utils.ops.metrics import Found, match
 
@@ -71,9 +71,10 @@ def most_different(truth: Truth, a: Verdict, b: Verdict, count: int) -> list[tup
     return [(i, int(gain[i])) for i in picked]
 
 
-def region(truth: Truth, a: Verdict, b: Verdict, image: int) -> tuple[int, int, int, int]:
-    """The part of the image to show, xyxy: around what only one model gets right; the whole, where that is wide."""
-    height, width = (int(v) for v in truth.shapes[image])
+def region(truth: Truth, a: Verdict, b: Verdict, image: int, shape: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The part to show of an image of this height and width, xyxy: around what only one model gets right; the whole,
+    where that is wide."""
+    height, width = shape
     at = truth.objects.image == image
     boxes = [truth.objects.xywh[at & (a.missed != b.missed)]]
     boxes += [v.found.xywh[(v.found.image == image) & v.counted & ~v.right] for v in (a, b)]
@@ -91,7 +92,7 @@ def region(truth: Truth, a: Verdict, b: Verdict, image: int) -> tuple[int, int, 
 
 def draw_pair(image: np.ndarray, truth: Truth, a: Verdict, b: Verdict, number: int) -> np.ndarray:
     """Ground truth, A and B side by side: objects blue, right detections green, wrong ones red, misses yellow."""
-    x1, y1, x2, y2 = region(truth, a, b, number)
+    x1, y1, x2, y2 = region(truth, a, b, number, image.shape[:2])
     geometry = letterbox_geometry((y2 - y1, x2 - x1), PANEL, auto=True, stride=2)
     part = letterbox_image(image[y1:y2, x1:x2], geometry)
     at = truth.objects.image == number
@@ -136,7 +137,7 @@ def save_pairs(
             left_out.append(str(error))
             continue
         expected = tuple(map(int, truth.shapes[image]))
-        if pixels.shape[:2] != expected:
+        if pixels.shape[:2] != expected and expected != (0, 0):  # a record without sizes
             sizes = f"{pixels.shape[1]} x {pixels.shape[0]} px, its record says {expected[1]} x {expected[0]}"
             left_out.append(f"{stem(image)} has {sizes}")
             continue
@@ -166,7 +167,7 @@ def plot_bars(
                 width=0.38,
                 yerr=_whiskers(intervals.get(key), number),
                 capsize=3,
-                label=name if place == 0 else None,
+                label=legend_text(name) if place == 0 else None,
             )
     small.set_xticks(range(len(names)), list(names))
     small.set(ylabel="AP_S", title="small objects", xlim=(-0.6, len(names) - 0.4))

@@ -9,7 +9,7 @@ import numpy as np
 
 from utils.core.files import atomic_write
 from utils.engine.evaluation.report import plain, shown
-from utils.engine.figures.plots import figure, save
+from utils.engine.figures.plots import figure, legend_text, save
 from utils.engine.inference.predict import Detector
 from utils.engine.speed import STAGES
 
@@ -79,7 +79,7 @@ def write_study(rows: Iterable[Mapping[str, Any]], folder: str | Path, *, figure
         for key, style, marker in (("AP", "-", "o"), ("AP_S", "--", "s")):
             values = [row[key] for row in mine]
             for axis, x in ((axes[0, 0], sizes), (axes[0, 1], times)):
-                axis.plot(x, values, linestyle=style, marker=marker, color=color, label=f"{model} {key}")
+                axis.plot(x, values, linestyle=style, marker=marker, color=color, label=legend_text(f"{model} {key}"))
     axes[0, 0].set(xlabel="image size, px", ylabel="AP, AP_S")
     axes[0, 1].set(xlabel="ms per image (pre-process, inference, NMS)", ylabel="AP, AP_S", xscale="log")
     for axis in axes.flat:

@@ -40,6 +40,11 @@ def save(fig: Any, path: str | Path, dpi: int = 150) -> Path:
     return path
 
 
+def legend_text(name: str) -> str:
+    """The name as a legend shows it: matplotlib leaves out what begins with an underscore."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def colors(n: int) -> list[tuple[float, ...]]:
     """The class colors of the pictures as RGB 0..1."""
     return [tuple(channel / 255 for channel in color_of(i)) for i in range(n)]
@@ -169,7 +174,8 @@ def _curve(
     for c in present:
         few = len(present) <= MAX_LEGEND
         text = names[c] if values is None else f"{names[c]} {values[c]:.3f}"
-        axis.plot(x, table[c], linewidth=1, color=shades[c] if few else "0.85", label=text if few else None)
+        color, text = (shades[c], legend_text(text)) if few else ("0.85", None)
+        axis.plot(x, table[c], linewidth=1, color=color, label=text)
     axis.plot(x, _column_mean(table), linewidth=3, color="tab:blue", label=label)
     axis.set(xlabel=axes_names[0], ylabel=axes_names[1], xlim=(0, 1), ylim=(0, 1.01))
     axis.grid(alpha=0.3)

@@ -25,6 +25,7 @@ from utils.engine.evaluation.report import MANY_CLASSES
 from utils.engine.evaluation.validate import to_float
 from utils.engine.speed import speed_line
 from utils.engine.tasks import Evaluation, LossTerm
+from utils.engine.training.optim import batches_per_step
 from utils.engine.training.settings import TrainConfig, precision
 
 METRICS = {"metrics/accuracy_top1": "top1", "metrics/accuracy_top5": "top5", "val/cls_loss": "loss"}
@@ -96,12 +97,8 @@ class ClassifyTask:
         labels = batch.targets[:, 1].long().to(outputs.device, non_blocking=True)
         smoothing = self.hyp.label_smoothing
         mean = F.cross_entropy(outputs.float(), labels, reduction="sum", label_smoothing=smoothing) / global_images
-        return LossTerm(mean / self.accumulate, mean.detach().reshape(1))
-
-    @property
-    def accumulate(self) -> int:
-        """Batches of an optimizer step: an optimizer step takes the mean over the nominal batch."""
-        return max(round(self.hyp.nominal_batch / self.config.batch_size), 1)
+        batches = batches_per_step(self.hyp, self.config.batch_size)  # a step takes the mean over all of them
+        return LossTerm(mean / batches, mean.detach().reshape(1))
 
     def file(self, sample: int) -> str:
         return self.train_index.title(sample)

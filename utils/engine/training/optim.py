@@ -54,6 +54,11 @@ class StepPlan:
     accumulate: int
 
 
+def batches_per_step(hyp: Hyp, batch_size: int) -> int:
+    """Batches of an optimizer step after warm-up: as many as come nearest to the nominal batch."""
+    return max(round(hyp.nominal_batch / batch_size), 1)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Learning rate, momentum and accumulation of every batch as a pure function of its number."""
@@ -77,7 +82,7 @@ class Schedule:
     @property
     def accumulate(self) -> int:
         """Batches per optimizer step after warm-up."""
-        return max(round(self.hyp.nominal_batch / self.batch_size), 1)
+        return batches_per_step(self.hyp, self.batch_size)
 
     @property
     def weight_decay(self) -> float:
