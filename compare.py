@@ -21,7 +21,7 @@ from utils.core.files import increment_path, short_names
 from utils.core.log import LOGGER
 from utils.data.frames import safe_name
 from utils.data.images import read_image
-from utils.data.index import build_index
+from utils.data.index import LabelIndex, build_index
 from utils.data.spec import DataSpec, load_data
 from utils.engine.evaluation.bootstrap import Interval, check_bootstrap, paired_bootstrap
 from utils.engine.evaluation.class_comparison import compare_classes, comparison_lines
@@ -132,9 +132,8 @@ def load_models(cfg: CompareConfig, spec: DataSpec) -> list[Predictor]:
     return found
 
 
-def from_models(cfg: CompareConfig, spec: DataSpec, predictors: Sequence[Predictor]) -> Sides:
-    """Both sides by running the models."""
-    dist = Dist.single(predictors[0].device)
+def labels_to_compare_by(cfg: CompareConfig, spec: DataSpec, predictors: Sequence[Predictor]) -> LabelIndex:
+    """The labels of the split; UserError where the models cannot be compared by them."""
     index = build_index(spec, cfg.task, policy=cfg.label_policy, rebuild=cfg.rebuild_cache)
     if not len(index.cls):
         raise UserError(
@@ -142,11 +141,18 @@ def from_models(cfg: CompareConfig, spec: DataSpec, predictors: Sequence[Predict
         )
     if any(predictor.end2end for predictor in predictors):
         refuse_changed(cfg, set(config_dict(cfg)) - {"iou_thres"}, NMS_INSIDE)
+    for predictor in predictors:
+        check_classes(predictor, spec.names, spec.yaml.name)
+    return index
+
+
+def from_models(cfg: CompareConfig, spec: DataSpec, predictors: Sequence[Predictor], index: LabelIndex) -> Sides:
+    """Both sides by running the models."""
+    dist = Dist.single(predictors[0].device)
     metrics = MetricSettings.from_options(cfg)
     settings = ValSettings(iou_thres=cfg.iou_thres, max_det=detection_limit(cfg.max_det, metrics), metrics=metrics)
     found, truths, sizes = [], [], []
     for predictor, label in zip(predictors, labels_of(cfg), strict=True):
-        check_classes(predictor, spec.names, spec.yaml.name)
         sizes.append(network_size(predictor, cfg.imgsz or predictor.imgsz or predictor.metadata.imgsz))
         plan = EvalPlan(sizes[-1], cfg.batch_size, cfg.workers, True, cfg.slice, cfg.overlap)
         model = combine([predictor], augment=cfg.augment)
@@ -201,12 +207,15 @@ def compare(cfg: CompareConfig) -> CompareReport:
     names, settings = labels_of(cfg), MetricSettings.from_options(cfg)
     if cfg.predictions:
         sides = from_files(cfg)
+        folder = increment_path(cfg.project, cfg.name, cfg.exist_ok)
     else:
         spec = load_data(cfg.data)
         predictors = load_models(cfg, spec)
         if predictors[0].task == "classify":
             return compare_classifiers(cfg, spec, predictors)
-        sides = from_models(cfg, spec, predictors)
+        index = labels_to_compare_by(cfg, spec, predictors)
+        folder = increment_path(cfg.project, cfg.name, cfg.exist_ok)
+        sides = from_models(cfg, spec, predictors, index)
     truth, (a, b) = sides.truth, sides.found
     metrics_a, _ = coco_metrics(truth, a, settings)
     metrics_b, _ = coco_metrics(truth, b, settings)
@@ -215,7 +224,6 @@ def compare(cfg: CompareConfig) -> CompareReport:
         intervals = paired_bootstrap(
             truth, a, b, settings=settings, replicates=cfg.replicates, level=cfg.level, seed=cfg.seed
         )
-    folder = increment_path(cfg.project, cfg.name, cfg.exist_ok)
     content = {
         "A": {"name": names[0], "file": files[0], **metrics_a},
         "B": {"name": names[1], "file": files[1], **metrics_b},

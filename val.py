@@ -298,8 +298,8 @@ def measure_speed(cfg: ValConfig, dist: Dist) -> ValReport:
     index = read_labels(cfg, spec, dist, "val")
     images = list(iterate_images(index, min(cfg.runs, 100)))
     detector = Detector(combine(predictors, augment=cfg.augment), predict_settings(plan, settings))
-    result = latency(detector, images, runs=cfg.runs)
     folder = increment_path(cfg.project, cfg.name, cfg.exist_ok)
+    result = latency(detector, images, runs=cfg.runs)
     write_json(folder / "speed.json", {**result, "settings": {**describe_run(cfg, plan, dist), **settings.as_dict()}})
     LOGGER.info(f"{describe(dist.device)}\n{latency_table(result)}\nResults saved to {folder}")
     return ValReport(folder, {}, {stage: result[stage]["mean"] for stage in STAGES})
@@ -314,19 +314,22 @@ def measure_study(cfg: ValConfig, dist: Dist) -> ValReport:
         raise UserError(f"{spec.yaml}: the {len(index)} images of 'val:' have no labels, so nothing can be measured")
     rows: list[dict[str, Any]] = []
     all_settings = [val_settings(cfg, predictor) for predictor in predictors]
-    for label, predictor, settings in zip(short_names(cfg.weights), predictors, all_settings, strict=True):
+    labels = short_names(cfg.weights)
+    for label, predictor in zip(labels, predictors, strict=True):
         check_classes(predictor, spec.names, spec.yaml.name, cfg.single_cls)
         if predictor.imgsz is not None:
             raise UserError(f"{label} was exported for one size; --task study needs a model that takes any")
+    folder = new_folder(cfg, dist)
+    for label, predictor, settings in zip(labels, predictors, all_settings, strict=True):
         stride, model = size_step(predictor), combine([predictor], augment=cfg.augment)
         for size in sorted({max(-(-s // stride), 1) * stride for s in cfg.sizes}):
             plan = replace(plan_for(cfg, predictor), imgsz=(size, size))
             result = evaluate(model, index, list(index.names), plan, settings, dist, title=f"{label} at {size}")
             rows.append(study_row(label, size, result.metrics, result.speed_ms))
             LOGGER.info(study_line(rows[-1]))
-    folder = Path(cfg.project)
+            if dist.is_main:
+                write_study(rows, folder, figures=False)
     if dist.is_main:
-        folder = increment_path(cfg.project, cfg.name, cfg.exist_ok)
         write_study(rows, folder, figures=not cfg.noplots)
         used = {**describe_run(cfg, plan_for(cfg, predictors[0]), dist), "imgsz": list(cfg.sizes)}
         used |= all_settings[0].as_dict()

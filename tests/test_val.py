@@ -210,6 +210,15 @@ def test_the_nms_of_a_file_is_what_counts(squares: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.usefixtures("finder")
+@pytest.mark.parametrize("task", ["study", "speed"])
+def test_a_folder_that_cannot_be_is_told_before_the_work(task: str, squares: Path, tmp_path: Path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises((UserError, OSError), match="file"):
+        val.run(weights="any.pt", data=squares, project=tmp_path / "file", task=task, workers=0)
+    assert "AP" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("finder")
 def test_a_study_needs_labels(tmp_path: Path):
     data = dataset(tmp_path / "bare", labels=False)
     with pytest.raises(UserError, match="have no labels"):
