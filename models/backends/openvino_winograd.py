@@ -66,10 +66,10 @@ def _replace(convolution: Any, weight: np.ndarray) -> None:
     padded = ops.pad(convolution.input_value(0), [0, 0, 1, 1], [0, 0, 1, 1], "constant", constant(0, np.float32))
     pixels = reshape(transpose(padded, 0, 2, 3, 1), images * (height + 2) * (width + 2), channels)
     tiles = ops.gather(pixels, constant(_pixels_of_tiles(images, height, width)), constant(0))
-    at_points = ops.matmul(constant(INPUT, np.float32), reshape(tiles, TILE**2, -1), False, False)
+    at_points = ops.matmul(constant(np.kron(INPUT, INPUT), np.float32), reshape(tiles, TILE**2, -1), False, False)
     kernel = constant(transformed(weight), np.float32)
     products = ops.matmul(reshape(at_points, TILE**2, -1, channels), kernel, False, False)
-    y = ops.matmul(constant(OUTPUT, np.float32), reshape(products, TILE**2, -1), False, False)
+    y = ops.matmul(constant(np.kron(OUTPUT, OUTPUT), np.float32), reshape(products, TILE**2, -1), False, False)
     y = reshape(y, STEP, STEP, images * rows, columns, out)
     last: Any = convolution
     reader = _only_reader(last)
