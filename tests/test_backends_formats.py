@@ -319,6 +319,8 @@ def test_differences_are_judged():
     )
     assert shape.failures(TOLERANCES["int8"]) == ["the output has shape [8, 8], expected [9, 8]"]
     assert broken.failures(TOLERANCES["int8"]) == ["the output holds NaN or infinity"]
+    (told,) = compare_raw(torch.full((9, 8), torch.nan), torch.rand(9, 8)).failures(TOLERANCES["fp32"])
+    assert told == "PyTorch's own output holds NaN or infinity: the weights are damaged"
     total = Difference()
     for one in (fine, broken, shape):
         total.add(one)

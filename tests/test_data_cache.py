@@ -150,6 +150,27 @@ def test_the_shared_block_is_filled_once_and_goes_with_its_last_user(shared_fold
     assert not list(shared_folder.iterdir())
 
 
+def _attach_together(folder, start, ready, number):
+    cache.SHARED_FOLDER = folder
+    start.wait(30)
+    store = SharedMemory("key", SHAPES, decode)
+    ready.wait(30)  # as the ranks of a run wait for each other
+    assert (store.get(number % 3) == decode(number % 3)).all()
+    store.close()
+
+
+def test_processes_that_come_at_once_share_one_block(shared_folder):
+    context = mp.get_context("fork")
+    for _ in range(3):
+        start, ready = context.Barrier(4), context.Barrier(4)
+        group = [context.Process(target=_attach_together, args=(shared_folder, start, ready, n)) for n in range(4)]
+        for process in group:
+            process.start()
+        for process in group:
+            process.join(60)
+        assert [process.exitcode for process in group] == [0] * 4 and not list(shared_folder.iterdir())
+
+
 def _hold_and_die(folder, ready):
     cache.SHARED_FOLDER = folder
     SharedMemory("held", SHAPES, decode)

@@ -14,6 +14,7 @@ from utils.core.errors import UserError
 from utils.core.hyp import Hyp
 from utils.engine.training.autobatch import fit_batch_size
 from utils.engine.training.optim import Schedule
+from utils.engine.training.runs import resumed_config
 from utils.engine.training.sinks import CsvSink, open_sinks
 
 
@@ -131,6 +132,27 @@ def test_a_logger_that_is_not_installed_is_left_out_with_a_warning(tmp_path, mon
     sinks.close()
     assert f"pip install {name}" in "".join(capsys.readouterr())
     assert (tmp_path / "results.csv").read_text() == "epoch,a\n0,1\n"
+
+
+def test_a_run_without_a_gradient_scaler_goes_on_with_one(tmp_path):
+    """As when it moves from the CPU to a GPU, where --amp auto is float16."""
+    finished(tmp_path)
+    checkpoint = load_checkpoint(tmp_path / "weights" / "last.pt")
+    assert not checkpoint["train"]["scaler"]
+    other = trainer(tmp_path / "b", ToyTask())
+    other.scaler = torch.amp.GradScaler("cpu")
+    other.restore(checkpoint)
+    assert other.scaler.is_enabled() and other.progress.epoch == 3
+
+
+def test_a_measured_batch_size_is_kept_at_resume(tmp_path):
+    """The command line of a restarted group still says -1."""
+    made = finished(tmp_path)
+    last = tmp_path / "weights" / "last.pt"
+    again = resumed_config(config(batch_size=-1), load_checkpoint(last), last, {"cfg", "batch_size"})
+    assert again.batch_size == made.config.batch_size == 4
+    with pytest.raises(UserError, match="batch-size 8 differs"):
+        resumed_config(config(batch_size=8), load_checkpoint(last), last, {"cfg", "batch_size"})
 
 
 def test_another_training_set_is_refused_at_resume(tmp_path):

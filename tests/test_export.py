@@ -65,6 +65,14 @@ def test_a_classifier_is_exported_for_squares(tmp_path, capsys):
         export.main([*argv, "96"])
 
 
+def test_a_classifier_of_one_class_is_verified_too(tmp_path, capsys):
+    cfg = {**load_yaml(find_cfg("resnet18-spd")), "width_multiple": 0.125}
+    save_checkpoint(tmp_path / "c.pt", pack_model(build_model(cfg, nc=1), ["thing"], 64))
+    argv = ["--weights", str(tmp_path / "c.pt"), "--include", "onnx", "--images", "1", "--imgsz", "64"]
+    assert export.main(argv) == 0
+    assert "1 of 1 classes found again" in capsys.readouterr().out
+
+
 def test_data_of_other_classes_is_refused(weights, tmp_path):
     data = write_dataset(tmp_path / "set", train=1, val=1, size=64)
     with pytest.raises(UserError, match="the model has 3 classes"):

@@ -60,6 +60,22 @@ def test_equals_the_plain_graph(size: tuple[int, ...], options: dict[str, Any]) 
     assert np.abs(run(model, x) - expected).max() < 5e-5
 
 
+def test_weights_in_bfloat16_stay_as_they_are() -> None:
+    """OpenVINO gives their bits out as another type."""
+    x = ops.parameter(list(SIZE), np.float32)
+    values = np.random.default_rng(0).normal(0, 0.03, (128, 128, 3, 3)).astype(np.float32)
+    weight = ops.convert(ops.constant(values, ov.Type.bf16), "f32")
+    model = ov.Model([ops.convolution(x, weight, [1, 1], [1, 1], [1, 1], [1, 1])], [x])
+    assert use_winograd(model) == 0
+
+
+def test_graphs_that_compute_in_16_bits_stay_as_they_are() -> None:
+    x = ops.parameter(list(SIZE), np.float16)
+    weight = ops.constant(np.zeros((128, 128, 3, 3), np.float16))
+    model = ov.Model([ops.convolution(x, weight, [1, 1], [1, 1], [1, 1], [1, 1])], [x])
+    assert use_winograd(model) == 0
+
+
 @pytest.mark.parametrize(
     ("size", "options"),
     [

@@ -12,6 +12,7 @@ import numpy as np
 from models.winograd import CHANNELS, INPUT, MIN_TILES, OUTPUT, STEP, TILE, transformed
 
 ACTIVATIONS = ("Swish", "Relu")
+STORED = ("f32", "f16")  # bfloat16 comes out of OpenVINO as if its bits were float16
 PLAIN = {"strides": [1, 1], "pads_begin": [1, 1], "pads_end": [1, 1], "dilations": [1, 1]}
 
 
@@ -29,7 +30,9 @@ def use_winograd(model: Any) -> int:
 
 def _weight(node: Any) -> np.ndarray | None:
     """The kernel (out, C, 3, 3) of a convolution that gains, None for every other node."""
-    if node.get_type_name() != "Convolution" or node.input_value(0).get_partial_shape().is_dynamic:
+    if node.get_type_name() != "Convolution" or node.get_element_type().get_type_name() != "f32":
+        return None
+    if node.input_value(0).get_partial_shape().is_dynamic:
         return None
     attributes = node.get_attributes()
     if any(list(attributes[key]) != value for key, value in PLAIN.items()) or attributes["auto_pad"] != "explicit":
@@ -43,10 +46,12 @@ def _weight(node: Any) -> np.ndarray | None:
 
 
 def _constant(node: Any) -> np.ndarray | None:
-    """The value of a constant, also of one that is stored in float16 and converted."""
+    """The value of a float constant, also of one that is stored in float16 and converted."""
     if node.get_type_name() == "Convert":
         node = node.input_value(0).get_node()
-    return np.array(node.get_data(), dtype=np.float64) if node.get_type_name() == "Constant" else None
+    if node.get_type_name() != "Constant" or node.get_element_type().get_type_name() not in STORED:
+        return None
+    return np.array(node.get_data(), dtype=np.float64)
 
 
 def _replace(convolution: Any, weight: np.ndarray) -> None:

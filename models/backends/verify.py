@@ -16,7 +16,7 @@ from utils.ops.nms import non_max_suppression
 CONFIDENT = 0.25
 NEAR_PX = 2.0
 LOOSE = 0.1  # how far scores may be apart where a precision does not judge them one by one
-NOT_FINITE = "the output holds NaN or infinity"
+NOT_FINITE = "output holds NaN or infinity"
 LEAST_ROWS = 100  # the best rows of an image that are compared even where nothing is confident
 
 
@@ -113,7 +113,8 @@ def _compare_values(expected: Tensor, given: Tensor) -> Difference:
         return Difference(problem=problem)
     score = (expected.softmax(-1) - given.softmax(-1)).abs().max().item()
     same = int(expected.argmax() == given.argmax())
-    sure = int(expected.softmax(-1).topk(2).values.diff().abs().item() > 0.05)
+    best = expected.softmax(-1).topk(min(2, len(expected))).values
+    sure = int(len(best) == 1 or best[0] - best[1] > 0.05)
     return Difference(score=score, worst=_worst(expected, given), detections=sure, found=same * sure)
 
 
@@ -121,7 +122,14 @@ def _problem(expected: Tensor, given: Tensor) -> str:
     """Why two outputs cannot be compared value by value; empty where they can."""
     if expected.shape != given.shape:
         return f"the output has shape {list(given.shape)}, expected {list(expected.shape)}"
-    return "" if given.isfinite().all() else NOT_FINITE
+    return _not_finite(expected, given)
+
+
+def _not_finite(expected: Tensor, given: Tensor) -> str:
+    """Says so where PyTorch or the file gives no number; empty where all are numbers."""
+    if not expected.isfinite().all():
+        return f"PyTorch's own {NOT_FINITE}: the weights are damaged"
+    return "" if given.isfinite().all() else f"the {NOT_FINITE}"
 
 
 def _worst(expected: Tensor, given: Tensor) -> float:
@@ -156,8 +164,8 @@ def compare_detections(expected: Tensor, given: Tensor, nms: NmsSettings, tie: f
     box has. So a given box must equal one of PyTorch's boxes before NMS, no two given boxes may overlap as NMS forbids,
     and each of PyTorch's boxes after NMS must be there or be suppressed by one that is.
     """
-    if not given.isfinite().all():
-        return Difference(problem=NOT_FINITE)
+    if problem := _not_finite(expected, given):
+        return Difference(problem=problem)
     scores, boxes = expected[:, 4:5] * expected[:, 5:], cxcywh_to_xyxy(expected[:, :4])
     best_score = scores.amax(1)
     result = Difference(boxes=len(given))

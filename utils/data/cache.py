@@ -5,7 +5,9 @@ Whether and where an image is cached never changes a picture: every way gives th
 
 import mmap
 import os
+import random
 import shutil
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -149,10 +151,11 @@ class SharedMemory:
                 break
             if decode is None:
                 raise UserError(f"{self.path} was removed while in use; start again")
-            fcntl.flock(self._handle, fcntl.LOCK_EX)
             try:
-                if not self._ready(total):
-                    self._build(total, decode)
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._build(total, decode)
+            except BlockingIOError:  # others found it empty too: one of them will build it
+                time.sleep(random.uniform(0.01, 0.1))
             except BaseException:
                 self.path.unlink(missing_ok=True)
                 raise
@@ -164,7 +167,10 @@ class SharedMemory:
     def _ready(self, total: int) -> bool:
         """Whether the open file is complete (its last byte is written last) and still the one under its name."""
         there = os.fstat(self._handle)
-        return there.st_size == total + 1 and self.path.exists() and os.path.samestat(there, os.stat(self.path))
+        try:
+            return there.st_size == total + 1 and os.path.samestat(there, os.stat(self.path))
+        except FileNotFoundError:
+            return False
 
     def _build(self, total: int, decode: Decode) -> None:
         room = min(free_memory(), shutil.disk_usage(SHARED_FOLDER).free)
@@ -209,7 +215,10 @@ def remove_unused_blocks() -> None:
     import fcntl
 
     for path in SHARED_FOLDER.glob(f"{_PREFIX}{os.getuid()}-*"):
-        handle = os.open(path, os.O_RDWR)
+        try:
+            handle = os.open(path, os.O_RDWR)
+        except FileNotFoundError:  # another process was quicker
+            continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink(missing_ok=True)

@@ -64,6 +64,8 @@ def resumed_config(given: TrainConfig, checkpoint: dict[str, Any], path: Path, a
         name = field.name
         if name not in argv_fields or name == "resume" or getattr(given, name) == getattr(stored, name):
             continue
+        if name == "batch_size" and given.batch_size == -1:  # as large as fits, which the run has measured
+            continue
         if name not in RESUMABLE:
             raise UserError(
                 f"--{name.replace('_', '-')} {getattr(given, name)} differs from the interrupted run's "

@@ -158,7 +158,8 @@ class Trainer:
         self.ema.model.load_state_dict(checkpoint["state"])
         self.ema.updates = train["ema_updates"]
         self.optimizer.load_state_dict(train["optimizer"])
-        self.scaler.load_state_dict(train["scaler"])
+        if train["scaler"]:  # nothing where the run had none, as on another kind of device
+            self.scaler.load_state_dict(train["scaler"])
         self.sums.copy_(train["sums"])
         self.guard.counts.copy_(train["guard"])
         self.class_weights = train["class_weights"]
