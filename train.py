@@ -72,22 +72,18 @@ def make_model(config: TrainConfig, spec: DataSpec, hyp: Hyp) -> tuple[Network, 
     return model, lineage(loaded.meta) if loaded else {}
 
 
-def freeze(model: Network, layers: Sequence[int]) -> None:
-    """Take these layers out of training."""
-    for layer in layers:
+def freeze(model: Network, given: Sequence[int]) -> None:
+    """Take layers out of training. --freeze N: the first N layers; --freeze A B C: these layers."""
+    for layer in range(given[0]) if len(given) == 1 else given:
         if layer >= len(model.model):
-            raise UserError(f"--freeze {layer}: the model has the layers 0 to {len(model.model) - 1}, its head last")
+            told = " ".join(map(str, given))
+            raise UserError(f"--freeze {told}: the model has the layers 0 to {len(model.model) - 1}, its head last")
         model.model[layer].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
             f"--freeze leaves nothing to train: the model has the layers 0 to {len(model.model) - 1}, its head last; "
             "freeze fewer"
         )
-
-
-def frozen_layers(freeze: Sequence[int]) -> list[int]:
-    """--freeze N: the first N layers; --freeze A B C: these layers."""
-    return list(range(freeze[0])) if len(freeze) == 1 else list(freeze)
 
 
 def train(config: TrainConfig, dist: Dist, given: set[str]) -> TrainResult:
@@ -112,7 +108,7 @@ def train(config: TrainConfig, dist: Dist, given: set[str]) -> TrainResult:
         if config.batch_size == -1:
             fits = measure_batch_size(model, config.imgsz, dist.device, precision(config.amp, dist.device))
             config = replace(config, batch_size=dist.broadcast(fits) * dist.world_size)
-    freeze(model, frozen_layers(config.freeze))
+    freeze(model, config.freeze)
     task: Task = TASKS[model.task](model, spec, config, hyp, dist)  # type: ignore[index]
     try:
         folder = folder or open_run(config, dist)

@@ -24,6 +24,7 @@ from utils.core.errors import UserError, printable
 VERSION = 1
 PARTS = {"version": int, "model_cfg": dict, "names": list, "meta": dict, "state": dict}
 FACTS = {"imgsz": int | None, "preprocessing": dict | None, "licence": str, "origin": str}
+EXPORTED = (".pt2", ".torchscript", ".onnx", ".xml", "_openvino_model", ".engine")  # what a network cannot be read from
 BOX_OUTPUTS = 5  # x, y, w, h, objectness: what a head keeps when its classes change
 
 
@@ -79,6 +80,8 @@ def unpack_model(data: Mapping[str, Any], source: str | Path) -> LoadedModel:
 def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> LoadedModel:
     """A network from a .pt or .safetensors file of this project, or from a checkpoint of YOLOv5 or the SPD authors."""
     path = Path(path)
+    if path.name.lower().endswith(EXPORTED):
+        raise UserError(f"'{path}' is an exported file; expected the checkpoint that it was made from")
     if not path.is_file():
         raise UserError(f"weights '{path}' not found in {Path.cwd()}; give a file, no weights come with the project")
     if is_native(path):

@@ -9,6 +9,7 @@ import pytest
 from models.backends import FORMATS, exportable, format_of, load_predictor
 from models.backends.base import FIELDS, NMS_KEYS, Metadata, given_metadata, need, pair
 from models.backends.graph import NmsSettings, nms_dict
+from models.weights import load_model
 from utils.core.errors import UserError
 
 NMS = nms_dict(NmsSettings(max_det=5))
@@ -83,6 +84,12 @@ def test_every_format_has_exporter_and_runtime():
         assert callable(getattr(module, "export", None)) == fmt.exports
         assert format_of(f"some/dir/best{fmt.suffix}") is fmt
     assert set(exportable()) == {n for n, f in FORMATS.items() if f.exports}
+
+
+def test_exported_files_are_no_checkpoints():
+    for fmt in (FORMATS[name] for name in exportable()):
+        with pytest.raises(UserError, match="is an exported file; expected the checkpoint"):
+            load_model(f"best{fmt.suffix}")
 
 
 def test_unknown_and_absent_files_are_refused(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import check as verb
+from utils.core.errors import UserError
 from utils.data.check import EDGES, check, digest, object_sizes, render
 from utils.data.index import build_index
 from utils.data.problems import KEPT
@@ -96,6 +97,14 @@ def test_hostile_folder(tmp_path, capsys):
     assert train["used"] == len(folder.used) and train["boxes"] == folder.boxes
     assert "Traceback" not in out and len(result["duplicates"]["train"]) > 5
     json.dumps(result)
+
+
+def test_what_stops_training_is_not_called_dropped(yaml):
+    (yaml.parent / "labels/val/1.txt").write_text("7 0.5 0.5 0.1 0.1\n")
+    result, _ = check(load_data(yaml), 100)
+    assert result["splits"]["val"]["actions"] == {"train.py and val.py stop at it": 1}
+    with pytest.raises(UserError, match="expected 0 to 2"):
+        build_index(load_data(yaml), "val")
 
 
 def test_empty_splits_have_numbers_too(tmp_path):

@@ -9,7 +9,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from utils.core.errors import UserError
 from utils.data.images import (
@@ -225,6 +225,17 @@ def test_flipped_bytes_of_real_files_never_surprise():
         except ImageError:
             continue
         assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="needs Pillow with AVIF")
+def test_a_damaged_avif_is_an_image_error(tmp_path):
+    ramp = (np.indices((300, 400)).sum(0) % 256).astype(np.uint8)
+    Image.fromarray(ramp).convert("RGB").save(tmp_path / "a.avif")
+    data = bytearray((tmp_path / "a.avif").read_bytes())
+    data[len(data) // 3 : 2 * len(data) // 3] = bytes(2 * len(data) // 3 - len(data) // 3)
+    (tmp_path / "a.avif").write_bytes(data)
+    with pytest.raises(ImageError, match=r"a\.avif cannot be decoded"):
+        read_image(tmp_path / "a.avif")
 
 
 def test_size_of_every_shared_picture_equals_pillow(shared_data):

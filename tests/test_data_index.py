@@ -10,6 +10,8 @@ from PIL import Image
 
 from utils.core.errors import UserError
 from utils.core.files import cache_dir
+from utils.core.hyp import Hyp
+from utils.data.dataset import DetectionDataset
 from utils.data.index import LabelIndex, build_index
 from utils.data.listing import label_path
 from utils.data.spec import load_data
@@ -250,6 +252,25 @@ def test_verify_decodes_and_digests(tmp_path):
     assert len(quick) == 3 and quick.digests.shape == (0, 16)
     assert len(thorough) == 2 and thorough.report.counts == {"image-unreadable": 1}
     assert np.array_equal(thorough.digests[0], thorough.digests[1]) and thorough.digests.any()
+
+
+def test_what_check_could_not_decode_is_left_out_from_then_on(tmp_path):
+    """Headers alone do not show it: reading it says what to do, and after a check nobody reads it."""
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    whole = (tmp_path / "b.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(whole[:2000] + bytes(4000) + whole[6000:])
+    (tmp_path / "d.yaml").write_text("train: .\nnames: [x]\n")
+    spec = load_data(tmp_path / "d.yaml")
+    index = build_index(spec, "train")
+    assert len(index) == 2
+    with pytest.raises(UserError, match=r"b\.png cannot be decoded .*; replace the file .* or run check\.py"):
+        DetectionDataset(index, 64, Hyp(), augment=False).sample(0, 1, 1)
+    build_index(spec, "train", verify=True, strict=False)
+    index = build_index(spec, "train")
+    assert [index.file(i).name for i in range(len(index))] == ["a.png"]
+    assert len(build_index(spec, "train", rebuild=True)) == len(build_index(spec, "train")) == 2
 
 
 def test_shared_data_sets_are_clean(shared_data):

@@ -172,6 +172,7 @@ def test_odd_data_sets_train(tmp_path, count, labels, names):
         ({"0": "0 .5 .5 .2 .2\n"}, ("a",), {"seed": -1}, "--seed -1; expected 0 or more"),
         ({"0": "0 .5 .5 .2 .2\n"}, ("a",), {"overlap": 0.5}, "--overlap is about the slices"),
         ({"0": "0 .5 .5 .2 .2\n"}, ("a",), {"rect": True, "image_weights": True}, "exclude each other"),
+        ({"0": "0 .5 .5 .2 .2\n"}, ("a",), {"noval": True, "patience": 1}, "exclude each other"),
     ],
 )
 def test_bad_input_is_one_line_before_the_first_step(tmp_path, labels, names, changes, part):
@@ -189,7 +190,8 @@ def test_what_cannot_train_is_refused_before_a_run_folder_exists(tmp_path):
     for changes, part in (
         ({"weights": classifier}, "yolov5n is for task detect, .*c.pt for classify"),
         ({"freeze": 25}, "nothing to train: the model has the layers 0 to 24"),
-        ({"freeze": [3, 99]}, "--freeze 99: the model has the layers 0 to 24"),
+        ({"freeze": [3, 99]}, "--freeze 3 99: the model has the layers 0 to 24"),
+        ({"freeze": 99}, "--freeze 99: the model has the layers 0 to 24"),
     ):
         with pytest.raises(UserError, match=part) as error:
             train.run(**{**SMALL, **changes}, data=spec, project=tmp_path / "runs")

@@ -22,7 +22,7 @@ from utils.core.errors import UserError
 from utils.core.files import atomic_write, cache_dir
 from utils.core.log import LOGGER
 from utils.core.machine import available_cores, free_memory
-from utils.data.images import image_header, read_image
+from utils.data.images import image_header, read_indexed_image
 
 RECENT_BYTES = (
     160 * 2**20
@@ -49,7 +49,7 @@ def read_reduced(path: Path, hw: tuple[int, int], level: int) -> np.ndarray:
     whole = hw[0] % level == 0 and hw[1] % level == 0
     # a JPEG's partial last blocks would stand at the wrong side after a rotation
     direct = level > 1 and (whole or image_header(path).orientation == 1)
-    image = read_image(path, reduce=level if direct else 1)
+    image = read_indexed_image(path, reduce=level if direct else 1)
     expected = reduced_hw(hw, level)
     if image.shape[:2] == expected:
         return image

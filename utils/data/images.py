@@ -41,7 +41,7 @@ _REDUCED = {
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
-_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError)
+_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, RuntimeError)
 
 
 class ImageError(UserError):
@@ -287,6 +287,16 @@ def read_image(path: str | Path, *, reduce: int = 1) -> np.ndarray:
         return decode_image(read_regular(path), reduce=reduce)
     except (ImageError, OSError) as error:
         raise ImageError(f"{path} {reason(error)}") from error
+
+
+def read_indexed_image(path: str | Path, *, reduce: int = 1) -> np.ndarray:
+    """An image of a data set, like `read_image`; the error says what to do about one that only decoding shows bad."""
+    try:
+        return read_image(path, reduce=reduce)
+    except ImageError as error:
+        raise ImageError(
+            f"{error}; replace the file to go on, or run check.py on the data once: what it cannot decode is left out"
+        ) from error
 
 
 def decode_image(data: bytes, *, reduce: int = 1) -> np.ndarray:

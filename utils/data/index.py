@@ -130,7 +130,7 @@ def build_index(
     strict: bool = True,
     verify: bool = False,
 ) -> LabelIndex:
-    """The index of a split, from the cache where that is fresh.
+    """The index of a split, from the cache where that is fresh: one whose images were decoded before any other.
 
     `policy`: what to do with bad labels (see `utils.data.labels`). `strict`: class numbers out of range are an error
     that names the places; otherwise such boxes are dropped. `verify`: decode every image and take a digest of it.
@@ -142,19 +142,26 @@ def build_index(
         raise UserError(f"{spec.yaml} is a folder of class folders, for classification; expected a detection data set")
     sources = spec.require(split)
     job = Job(spec.format, "clip" if policy == "error" else policy, spec.names, single_cls, verify)
-    plan = [SCHEMA, spec.format, split, *map(str, sources), *map(str, spec.annotations.get(split, ())), policy, verify]
-    name = _digest([json.dumps([*plan, single_cls, spec.names])])
-    place = cache_dir("index") / f"{name[:32]}.npz"
+    plan = [SCHEMA, spec.format, split, *map(str, sources), *map(str, spec.annotations.get(split, ())), policy]
+    names = [_digest([json.dumps([*plan, decoded, single_cls, spec.names])]) for decoded in (True, verify)]
     listing = _list(spec, split)
-    index = None if rebuild else _from_cache(place, name, listing)
+    if rebuild:
+        for name in names:
+            _place(name).unlink(missing_ok=True)
+    known = (_from_cache(_place(name), name, listing) for name in dict.fromkeys(names))
+    index = next((found for found in known if found is not None), None)
     if index is None:
-        index = _build(spec, split, job, listing, workers, name)
-        index.save(place)
+        index = _build(spec, split, job, listing, workers, names[-1])
+        index.save(_place(names[-1]))
     _refuse_or_tell(index, spec, split, policy, strict)
     return index
 
 
 # ---------------------------------------------------------------------------------------------------- the cache
+
+
+def _place(name: str) -> Path:
+    return cache_dir("index") / f"{name[:32]}.npz"
 
 
 def _digest(texts: Sequence[str], arrays: Sequence[np.ndarray] = ()) -> str:

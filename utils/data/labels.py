@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.data.images import read_regular
-from utils.data.problems import CLIPPED, DROPPED, LEFT_OUT, LINES_KEPT, REMOVED, Problem
+from utils.data.problems import CLIPPED, DROPPED, LEFT_OUT, LINES_KEPT, REMOVED, STOPS, Problem
 
 POLICIES = ("clip", "drop-box", "drop-image", "error")
 TOLERANCE_PX, TOLERANCE_SHARE = 1.0, 0.01  # a box may hang over the edge by the larger of the two and is clipped
@@ -243,6 +243,8 @@ def judge(file: str, issues: Iterable[Issue], policy: str) -> tuple[list[Problem
         lines = tuple(issue.line for issue in found[:LINES_KEPT] if issue.line)
         if kind == "box-repeated":
             action = REMOVED
+        elif kind == "label-class":
+            action = STOPS
         elif out:
             action = LEFT_OUT
         else:

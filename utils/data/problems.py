@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from utils.core.errors import UserError
 
 LEFT_OUT, DROPPED, CLIPPED, USED = "image left out", "box dropped", "box clipped", "used as it is"
-REMOVED, NOT_READ = "counted once", "not read"
+REMOVED, NOT_READ, STOPS = "counted once", "not read", "train.py and val.py stop at it"
 
 KINDS = {
     "image-missing": "image not found",

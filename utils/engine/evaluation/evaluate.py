@@ -15,7 +15,7 @@ from utils.core.errors import UserError
 from utils.core.hyp import Hyp
 from utils.core.log import LOGGER
 from utils.data.dataset import DetectionDataset
-from utils.data.images import read_image
+from utils.data.images import read_indexed_image
 from utils.data.index import LabelIndex
 from utils.data.loader import EvalLoader
 from utils.engine.evaluation.validate import EvalResult, OnBatch, ValSettings, evaluate_rows, validate
@@ -142,7 +142,7 @@ def _read(index: LabelIndex, numbers: Sequence[int], together: int) -> Iterator[
     """The images of these numbers, `together` at a time."""
     for start in range(0, len(numbers), together):
         part = numbers[start : start + together]
-        yield part, [read_image(index.file(i)) for i in part]
+        yield part, [read_indexed_image(index.file(i)) for i in part]
 
 
 def predict_settings(plan: EvalPlan, settings: ValSettings) -> PredictSettings:
@@ -230,4 +230,4 @@ def iterate_images(index: LabelIndex, limit: int) -> Iterator[np.ndarray]:
     """Up to `limit` images of an index, evenly spread, as RGB arrays."""
     step = max(len(index) // limit, 1)
     for i in range(0, min(len(index), step * limit), step):
-        yield read_image(index.file(i))
+        yield read_indexed_image(index.file(i))

@@ -100,6 +100,8 @@ class TrainConfig(RunFolderOptions, LabelOptions):
         for one, other in (("rect", "image_weights"), ("noval", "image_weights")):
             if getattr(self, one) and getattr(self, other):
                 raise UserError(f"--{one} and --{other.replace('_', '-')} exclude each other")
+        if self.noval and self.patience != type(self).patience:
+            raise UserError("--noval and --patience exclude each other: without validation there is no fitness")
         check_overlap(self)
         self.save_interval()
 
