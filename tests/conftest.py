@@ -33,8 +33,8 @@ def _session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def rng() -> Iterator[None]:
-    """Every test starts from the same seeds and restores the random states that it found."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    """Every test starts from the same seeds and restores the random states, and the threads, that it found."""
+    states, threads = (random.getstate(), np.random.get_state(), torch.get_rng_state()), torch.get_num_threads()
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -42,6 +42,7 @@ def rng() -> Iterator[None]:
     random.setstate(states[0])
     np.random.set_state(states[1])
     torch.set_rng_state(states[2])
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
