@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from utils.core.errors import UserError
-from utils.core.files import atomic_write, cache_dir, increment_path, nearest
+from utils.core.files import atomic_write, cache_dir, increment_path, nearest, short_names
 from utils.core.yamls import dump_yaml, load_yaml, parse_yaml
 
 
@@ -99,3 +99,19 @@ def test_a_console_without_the_letters_still_gets_the_message(root):
     env = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True)
     assert done.stdout == "\\u732b 0.9\n" and not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["a.pt", "runs/b.onnx"], ["a", "b"]),
+        (["runs/exp/weights/best.pt", "runs/exp2/weights/best.pt"], ["exp", "exp2"]),
+        (["plain/train/weights/best.pt", "spd/train/weights/best.pt"], ["plain", "spd"]),
+        (["a/best.pt", "a/best.onnx"], ["best.pt", "best.onnx"]),
+        (["x/a.pt", "x/a.pt"], ["x/a.pt", "x/a.pt"]),
+        (["a.pt", "x/a.pt"], ["a.pt", "x/a.pt"]),
+        (["x/a.pt", "y/a.pt", "y/b.pt"], ["x/a.pt", "y/a.pt", "y/b.pt"]),
+    ],
+)
+def test_models_are_called_by_what_tells_them_apart(files: list[str], names: list[str]) -> None:
+    assert short_names(files) == names

@@ -132,9 +132,16 @@ def project_file(name: str | Path, what: str, folder: str, pattern: str) -> Path
 
 
 def short_names(files: Sequence[str | Path]) -> list[str]:
-    """The stems of files, or their paths where two have the same stem: what to call models by."""
+    """What to call models by: the stems of their files, else the folders in which their paths begin to differ from
+    behind (`exp` and `exp2` of `exp/weights/best.pt` and `exp2/weights/best.pt`), else the paths."""
     stems = [Path(file).stem for file in files]
-    return stems if len(set(stems)) == len(stems) else [str(file) for file in files]
+    parts = [Path(file).parts for file in files]
+    while min(map(len, parts)) > 1 and len({own[-1] for own in parts}) == 1:
+        parts = [own[:-1] for own in parts]
+    for names in (stems, [own[-1] for own in parts]):
+        if len(set(names)) == len(names):
+            return names
+    return [str(file) for file in files]
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
