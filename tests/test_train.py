@@ -90,7 +90,7 @@ def test_slices_are_what_anchors_and_fitness_go_by(tmp_path):
 
 
 def test_signals_reach_the_processes_of_device_0_1(tmp_path):
-    """`--device 0,1` becomes torchrun: what is sent to it arrives at its workers, and it ends after them."""
+    """`--device 0,1` becomes torchrun: what is sent to it arrives at its workers, which end in their own time."""
     script = tmp_path / "work.py"
     script.write_text(f"""
 import os, signal, sys, time
@@ -108,12 +108,20 @@ open(mark + ".begun", "w").close()
 time.sleep(100)
 """)
     process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("*.begun"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.terminate()
-    assert process.wait(timeout=60) != 0
-    assert len(list(tmp_path.glob("*.ended"))) == 2
+
+    def both(what):
+        deadline = time.monotonic() + 60
+        while (count := len(list(tmp_path.glob(f"*.{what}")))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return count == 2
+
+    try:
+        assert both("begun")
+        process.terminate()
+        assert both("ended")
+    finally:
+        process.kill()  # once in a while torchrun itself stays for minutes after its workers have ended
+        process.wait()
 
 
 def data_set(folder, images, labels, names=("a", "b")):
