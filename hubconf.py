@@ -91,7 +91,7 @@ class Model:
 def class_numbers(classes: Any) -> tuple[int, ...]:
     """`classes` as numbers."""
     numbers = np.atleast_1d(np.asarray(classes))
-    if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
+    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
         raise UserError(f"classes={classes!r}; expected the number of a class, or a list of numbers")
     return tuple(numbers.tolist())
 

@@ -96,6 +96,8 @@ def test_settings_are_attributes(model):
     model.classes = "person"
     with pytest.raises(UserError, match="classes='person'; expected the number of a class"):
         model(picture, size=256)
+    model.classes = []
+    assert len(model(picture, size=256)[0]) == 0
     model.classes, model.max_det = None, 1
     assert len(model(picture, size=256)[0]) == 1
     model.conf = 0.95

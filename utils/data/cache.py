@@ -153,9 +153,12 @@ class SharedMemory:
                 raise UserError(f"{self.path} was removed while in use; start again")
             try:
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._build(total, decode)
             except BlockingIOError:  # others found it empty too: one of them will build it
+                os.close(self._handle)
                 time.sleep(random.uniform(0.01, 0.1))
+                continue
+            try:
+                self._build(total, decode)
             except BaseException:
                 self.path.unlink(missing_ok=True)
                 raise

@@ -28,7 +28,7 @@ from utils.data.scan import SMALL, SMALL_TO_VERIFY, Header, Job, Packer, Scan, s
 from utils.data.spec import DataSpec
 from utils.ops.polygons import owners
 
-SCHEMA = 3  # to be raised whenever what is read or how it is packed changes
+SCHEMA = 4  # to be raised whenever what is read or how it is packed changes
 _LABEL_KINDS = ("label-", "box-", "coco-record", "coco-reference", "voc-")
 
 
