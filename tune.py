@@ -6,7 +6,6 @@ python tune.py --name exp --trials 60        (continues the same study; start it
 
 import csv
 import math
-import signal
 import sys
 import warnings
 from collections.abc import Sequence, Set
@@ -17,6 +16,7 @@ from typing import Any
 from utils.core.config import config_dict, config_from_kwargs, find_option, given_options, option, parse_config, run_cli
 from utils.core.errors import UserError
 from utils.core.files import atomic_write, nearest, project_file
+from utils.core.interrupts import StopRequest
 from utils.core.log import LOGGER
 from utils.core.yamls import dump_yaml, load_yaml
 from utils.data.spec import load_data
@@ -158,16 +158,17 @@ def train_command(config: TuneConfig, folder: Path, values: dict[str, float]) ->
     return [*command, "--hyp", *config.hyp, *(f"{name}={value:.6g}" for name, value in values.items())]
 
 
-def run_trial(config: TuneConfig, folder: Path, space: dict[str, Range], trial: Any) -> float:
+def run_trial(config: TuneConfig, folder: Path, space: dict[str, Range], trial: Any, stop: StopRequest) -> float:
     """Train once and report every epoch; the result is the best epoch's metric."""
     import optuna
 
+    stop.check()
     values = suggest(trial, space, config.sampler)
     run = TrainingRun(train_command(config, folder / f"trial{trial.number}", values), folder / f"trial{trial.number}",
                       config.metric)  # fmt: skip
     best = -math.inf
     try:
-        for epoch, value in run.epochs():
+        for epoch, value in run.epochs(stop):
             best = max(best, value)
             trial.report(value, epoch)
             if epoch + 1 < config.epochs and trial.should_prune():
@@ -218,10 +219,11 @@ def tune(config: TuneConfig, given: Set[str]) -> TuneReport:
 
     finished = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     failures: list[str] = []
+    stop = StopRequest()  # an exception between two trials would leave Optuna's heartbeat running for ever
 
     def objective(trial: Any) -> float:
         try:
-            value = run_trial(config, folder, space, trial)
+            value = run_trial(config, folder, space, trial, stop)
         except TrialFailed as error:
             failures.append(str(error))
             LOGGER.warning(f"trial {trial.number} failed: {error}")
@@ -237,8 +239,9 @@ def tune(config: TuneConfig, given: Set[str]) -> TuneReport:
 
     LOGGER.info(f"study {folder}: {len(study.get_trials(states=finished))} of {config.trials} trials finished")
     if len(study.get_trials(states=finished)) < config.trials:
-        stop = optuna.study.MaxTrialsCallback(config.trials, states=finished)
-        study.optimize(objective, callbacks=[stop, keep], catch=(TrialFailed,))
+        enough = optuna.study.MaxTrialsCallback(config.trials, states=finished)
+        with stop:
+            study.optimize(objective, callbacks=[enough, keep], catch=(TrialFailed,))
     return write_results(config, folder, study.get_trials(states=finished), list(space))
 
 
@@ -280,8 +283,7 @@ def run(**kwargs: Any) -> TuneReport:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. SIGTERM counts as an interrupt, so that the trial that runs ends too."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """The command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
     tune(parse_config(TuneConfig, argv, "tune.py", __doc__ or ""), given_options(TuneConfig, argv))
     return 0

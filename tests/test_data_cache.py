@@ -152,9 +152,9 @@ def test_the_shared_block_is_filled_once_and_goes_with_its_last_user(shared_fold
 
 def _attach_together(folder, start, ready, number):
     cache.SHARED_FOLDER = folder
-    start.wait(30)
+    start.wait(60)
     store = SharedMemory("key", SHAPES, decode)
-    ready.wait(30)  # as the ranks of a run wait for each other
+    ready.wait(60)  # as the ranks of a run wait for each other
     assert (store.get(number % 3) == decode(number % 3)).all()
     store.close()
 

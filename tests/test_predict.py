@@ -324,7 +324,7 @@ def test_writing_behind_keeps_order_and_raises_late_errors():
 
 def test_writing_behind_holds_back_a_producer_that_is_too_fast():
     gate = threading.Event()
-    behind = Behind(lambda item: gate.wait(5), depth=2)
+    behind = Behind(lambda item: gate.wait(60), depth=2)
     for i in range(2):  # one in work, one waiting
         behind.put(i)
     blocked = threading.Thread(target=behind.put, args=(3,), daemon=True)
@@ -332,6 +332,6 @@ def test_writing_behind_holds_back_a_producer_that_is_too_fast():
     blocked.join(0.1)
     assert blocked.is_alive()
     gate.set()
-    blocked.join(2)
+    blocked.join(60)
     assert not blocked.is_alive()
     behind.close()

@@ -71,7 +71,7 @@ def test_a_stream_that_dies_and_returns_goes_on_while_the_other_never_stops(capf
     steady, flaky = Camera(60), Camera(200)
     source = StreamSource([steady.url, flaky.url], give_up=30)
     seen = {1: 0, 2: 0}
-    phase, at_switch, deadline = "both up", 0, time.monotonic() + 20
+    phase, at_switch, deadline = "both up", 0, time.monotonic() + 60
     try:
         for frames in source.batches():
             for frame in frames:
@@ -103,7 +103,7 @@ def test_a_stream_that_dies_and_returns_goes_on_while_the_other_never_stops(capf
 def test_one_dead_stream_does_not_end_the_others_and_is_given_up(capfd):
     camera = Camera(90)
     source = StreamSource(["http://user:topsecret@127.0.0.1:9/none", camera.url], give_up=0.3)
-    deadline, count, output = time.monotonic() + 20, 0, ""
+    deadline, count, output = time.monotonic() + 60, 0, ""
     try:
         for frames in source.batches():
             assert {frame.item for frame in frames} == {2}

@@ -146,6 +146,32 @@ def test_what_was_found_is_kept_when_the_search_is_ended(fake: Path) -> None:
     assert len(begun) >= 1
 
 
+def test_a_signal_between_two_trials_ends_the_search(fake: Path) -> None:
+    """The moment at which an exception would leave Optuna's heartbeat thread running, and with it the process."""
+    flags = ["--cfg", "x.yaml", "--epochs", "2", "--trials", "99", "--no-prune"]
+    flags += ["--space", str(fake / "space.yaml"), "--project", str(fake / "tune")]
+    search = child(
+        fake,
+        f"""
+import os, signal, optuna
+thread, begun = optuna.storages._heartbeat.HeartbeatThread, []
+start = thread.start
+def started(self):
+    start(self)
+    begun.append(self)
+    if len(begun) == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+thread.start = started
+run_cli(lambda: tune.main({flags!r}))
+""",
+    )
+    try:
+        assert search.wait(timeout=120) == 130
+    finally:
+        search.kill()
+    assert (fake / "tune/exp/best_hyp.yaml").is_file() and not (fake / "tune/exp/trial1").exists()
+
+
 def test_processes_share_a_study(fake: Path) -> None:
     tune.run(**options(fake, sampler="random-grid", trials=1, prune=False))
     call = f"tune.run(**{options(fake, sampler='random-grid', trials=5, prune=False)!r})"

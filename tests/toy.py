@@ -71,7 +71,7 @@ class ToyTask:
 
     def images(self, batch, device, epoch, step):
         if self.stop_at == (epoch, step):
-            self.trainer.stop_signal = 15
+            self.trainer.stop.number = 15
         return batch.images
 
     def loss(self, outputs, batch, global_images, dist):

@@ -14,9 +14,11 @@ from typing import Any
 from utils.core.errors import UserError
 from utils.core.files import nearest
 from utils.core.hyp import HYP_KEYS
+from utils.core.interrupts import StopRequest
 from utils.core.yamls import load_yaml
 from utils.ops.metrics import fitness
 
+POLL_SECONDS = 0.2  # between two looks at a training run
 AP50, AP = "metrics/mAP_0.5", "metrics/mAP_0.5:0.95"
 
 
@@ -95,25 +97,26 @@ def epoch_values(results: Path, metric: str) -> list[float]:
 class TrainingRun:
     """A training run as a child process that can be watched epoch by epoch and ended early."""
 
-    def __init__(self, command: Sequence[str], folder: Path, metric: str, poll_seconds: float = 0.2) -> None:
-        self.folder, self.metric, self.poll_seconds = folder, metric, poll_seconds
+    def __init__(self, command: Sequence[str], folder: Path, metric: str) -> None:
+        self.folder, self.metric = folder, metric
         folder.mkdir(parents=True, exist_ok=True)
         self.log = open(folder / "train.log", "ab")  # noqa: SIM115 - closed with the process
         self.process = subprocess.Popen(
             list(command), stdout=self.log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
         )
 
-    def epochs(self) -> Iterator[tuple[int, float]]:
-        """(epoch, metric) as epochs finish, until the process ends."""
+    def epochs(self, stop: StopRequest) -> Iterator[tuple[int, float]]:
+        """(epoch, metric) as epochs finish, until the process ends; KeyboardInterrupt when a stop is requested."""
         seen = 0
         while True:
+            stop.check()
             ended = self.process.poll() is not None
             values = epoch_values(self.folder / "results.csv", self.metric)
             yield from enumerate(values[seen:], start=seen)
             seen = max(seen, len(values))
             if ended:
                 return
-            time.sleep(self.poll_seconds)
+            time.sleep(POLL_SECONDS)
 
     def stop(self) -> None:
         """End the process and its children: first politely, which lets it write a checkpoint."""
@@ -122,8 +125,11 @@ class TrainingRun:
             try:
                 self.process.wait(timeout=60)
             except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
+                pass
+            finally:  # an impatient second interrupt too
+                if self.process.poll() is None:
+                    os.killpg(self.process.pid, signal.SIGKILL)
+                    self.process.wait()
         self.log.close()
 
     def problem(self) -> str:

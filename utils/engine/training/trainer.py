@@ -9,7 +9,6 @@ exactly the gradient of the one-process loss.
 """
 
 import os
-import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -26,6 +25,7 @@ from utils.core.device import explain_memory_error
 from utils.core.dist import Dist
 from utils.core.errors import UserError
 from utils.core.hyp import Hyp
+from utils.core.interrupts import StopRequest
 from utils.core.log import LOGGER
 from utils.engine.tasks import Evaluation, Task
 from utils.engine.training.ema import Ema, FlatStatistics
@@ -114,7 +114,7 @@ class Trainer:
         self.sums = torch.zeros(len(task.loss_names), dtype=torch.float64, device=self.device)
         self.guard = Guard(self.statistics, task.loss_names, dist, config.max_bad_steps, task.file)
         self.pending = 0  # batches since the last optimizer step; 0 at every checkpoint
-        self.stop_signal = 0
+        self.stop = StopRequest()
         self.saved_at = time.monotonic()
         self.sinks = Sinks([])
         self.last = Evaluation({}, 0.0, "")
@@ -184,7 +184,10 @@ class Trainer:
     def fit(self, sinks: Sinks) -> Evaluation:
         """Train to the end; returns the last epoch's evaluation. Raises Interrupted on SIGTERM or SIGINT."""
         self.sinks = sinks
-        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        with self.stop:
+            return self._fit()
+
+    def _fit(self) -> Evaluation:
         loader = self.task.loader(self.class_weights)
         try:
             progress = self.progress
@@ -207,14 +210,7 @@ class Trainer:
             raise told from error
         finally:
             loader.close()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
         return self.last
-
-    def _on_signal(self, number: int, _frame: object) -> None:
-        if self.stop_signal:
-            raise KeyboardInterrupt  # asked twice: do not wait for the next step boundary
-        self.stop_signal = number
 
     def _train_epoch(self, loader: Any) -> None:
         progress, steps = self.progress, self.schedule.steps_per_epoch
@@ -317,7 +313,7 @@ class Trainer:
         return True
 
     def _stop_agreed(self) -> bool:
-        return bool(self.dist.sum(torch.tensor(float(self.stop_signal > 0), device=self.device)) > 0)
+        return bool(self.dist.sum(torch.tensor(float(self.stop.number > 0), device=self.device)) > 0)
 
     def _save_due(self, seconds: float, every: int) -> bool:
         if every:
