@@ -102,6 +102,7 @@ def load(
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.x64quantprecision", "1")  # without VNNI, int8 sums would saturate
     session = _session(path, options, _providers(device))
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     metadata = Metadata.from_json(text, str(path)) if text else _foreign(session, path, names, imgsz)
