@@ -83,6 +83,14 @@ def test_half_on_the_cpu_computes_in_bfloat16_and_decodes_in_float32():
     assert near.float().mean() > 0.99 and not torch.equal(given, expected)
 
 
+@pytest.mark.parametrize("has_it", [True, False])
+def test_half_on_a_cpu_without_16_bit_arithmetic_is_told(monkeypatch, capsys, has_it):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_it)
+    PyTorchPredictor(tiny_detector(), NAMES, half=True)
+    told = "--half: this processor has no 16-bit arithmetic; float32 is several times faster here"
+    assert (told in "".join(capsys.readouterr())) is not has_it
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_checkpoints_load_as_predictors(tmp_path, suffix):
     model = tiny_detector()

@@ -135,7 +135,7 @@ def test_what_was_found_is_kept_when_the_search_is_ended(fake: Path) -> None:
     while not found.is_file() and search.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     search.terminate()
-    assert search.wait(timeout=60) == 130 and search.stderr is not None
+    assert search.wait(timeout=120) == 130 and search.stderr is not None
     assert "interrupted" in search.stderr.read() and load_hyp(found).lr0 > 0
     with open(fake / "tune/exp/trials.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) >= 1

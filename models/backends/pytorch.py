@@ -15,6 +15,7 @@ from models.graph import Network
 from models.weights import load_model
 from models.winograd import use_winograd
 from models.yolo import DetectionModel
+from utils.core.device import warn_of_emulated_bfloat16
 
 
 class PyTorchPredictor(Predictor):
@@ -55,6 +56,8 @@ class PyTorchPredictor(Predictor):
         self.network = network.float().to(device).requires_grad_(False)
         if fuse and on_cpu:
             use_winograd(self.network)
+        if half and on_cpu:
+            warn_of_emulated_bfloat16("--half")
         if half:
             shrink(self.network, self.dtype)
         self.network.to(memory_format=torch.channels_last)

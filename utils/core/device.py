@@ -53,6 +53,12 @@ def select_device(spec: str = "") -> torch.device:
     return torch.device("cuda", index)
 
 
+def warn_of_emulated_bfloat16(flag: str) -> None:
+    """Say that this processor only emulates bfloat16 where oneDNN, which runs torch's CPU convolutions, knows so."""
+    if torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        LOGGER.warning(f"{flag}: this processor has no 16-bit arithmetic; float32 is several times faster here")
+
+
 def keep_freed_memory() -> None:
     """Make glibc, where it is the C library, reuse the memory of freed tensors instead of returning it to the system.
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from utils.core.checkpoint import save_checkpoint
 from utils.core.config import config_dict
-from utils.core.device import explain_memory_error
+from utils.core.device import explain_memory_error, warn_of_emulated_bfloat16
 from utils.core.dist import Dist
 from utils.core.errors import UserError
 from utils.core.hyp import Hyp
@@ -90,6 +90,8 @@ class Trainer:
         self.task, self.config, self.hyp, self.dist, self.folder = task, config, hyp, dist, folder
         self.device = dist.device
         self.amp = precision(config.amp, self.device)
+        if self.amp == torch.bfloat16 and self.device.type == "cpu":
+            warn_of_emulated_bfloat16("--amp bf16")
         self.model = task.model.to(self.device).to(memory_format=torch.channels_last)
         if config.sync_bn:
             if self.device.type != "cuda":
