@@ -146,22 +146,35 @@ def labels_to_compare_by(cfg: CompareConfig, spec: DataSpec, predictors: Sequenc
     return index
 
 
-def from_models(cfg: CompareConfig, spec: DataSpec, predictors: Sequence[Predictor], index: LabelIndex) -> Sides:
+def sizes_of(cfg: CompareConfig, predictors: Sequence[Predictor]) -> list[tuple[int, int]]:
+    """Height and width of the images that each model is given."""
+    a, b = (network_size(p, cfg.imgsz or p.imgsz or p.metadata.imgsz) for p in predictors)
+    if cfg.area_pixels == "network" and a != b:
+        raise UserError(
+            f"--area-pixels network: the models see images at {a[0]}x{a[1]} and {b[0]}x{b[1]} px; give both one --imgsz"
+        )
+    return [a, b]
+
+
+def from_models(
+    cfg: CompareConfig,
+    spec: DataSpec,
+    predictors: Sequence[Predictor],
+    sizes: Sequence[tuple[int, int]],
+    index: LabelIndex,
+) -> Sides:
     """Both sides by running the models."""
     dist = Dist.single(predictors[0].device)
     metrics = MetricSettings.from_options(cfg)
     settings = ValSettings(iou_thres=cfg.iou_thres, max_det=detection_limit(cfg.max_det, metrics), metrics=metrics)
-    found, truths, sizes = [], [], []
-    for predictor, label in zip(predictors, labels_of(cfg), strict=True):
-        sizes.append(network_size(predictor, cfg.imgsz or predictor.imgsz or predictor.metadata.imgsz))
-        plan = EvalPlan(sizes[-1], cfg.batch_size, cfg.workers, True, cfg.slice, cfg.overlap)
+    found, truths = [], []
+    for predictor, label, size in zip(predictors, labels_of(cfg), sizes, strict=True):
+        plan = EvalPlan(size, cfg.batch_size, cfg.workers, True, cfg.slice, cfg.overlap)
         model = combine([predictor], augment=cfg.augment)
         result = evaluate(model, index, list(spec.names), plan, settings.for_file(predictor), dist, title=label)
         assert result.truth is not None
         truths.append(result.truth)
         found.append(found_from_rows(result.detections, result.truth))
-    if not np.allclose(truths[0].area_scale, truths[1].area_scale):
-        raise UserError("--area-pixels network: the models see images at different sizes; give both one --imgsz")
     return Sides(
         truths[0],
         (found[0], found[1]),
@@ -214,8 +227,9 @@ def compare(cfg: CompareConfig) -> CompareReport:
         if predictors[0].task == "classify":
             return compare_classifiers(cfg, spec, predictors)
         index = labels_to_compare_by(cfg, spec, predictors)
+        sizes = sizes_of(cfg, predictors)
         folder = increment_path(cfg.project, cfg.name, cfg.exist_ok)
-        sides = from_models(cfg, spec, predictors, index)
+        sides = from_models(cfg, spec, predictors, sizes, index)
     truth, (a, b) = sides.truth, sides.found
     metrics_a, _ = coco_metrics(truth, a, settings)
     metrics_b, _ = coco_metrics(truth, b, settings)

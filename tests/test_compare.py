@@ -219,4 +219,5 @@ def test_network_pixels_need_one_size(tmp_path: Path, monkeypatch: pytest.Monkey
     options = {"weights": ["160", "320"], "data": data, "project": tmp_path, "workers": 0, "replicates": 0}
     with pytest.raises(UserError, match="--area-pixels network.*one --imgsz"):
         compare.run(**options, area_pixels="network")
+    assert not list(tmp_path.glob("exp*"))
     assert compare.run(**options, pictures=0).metrics[1]["AP50"] == 1.0
