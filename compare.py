@@ -167,9 +167,10 @@ def from_models(
     dist = Dist.single(predictors[0].device)
     metrics = MetricSettings.from_options(cfg)
     settings = ValSettings(iou_thres=cfg.iou_thres, max_det=detection_limit(cfg.max_det, metrics), metrics=metrics)
+    rect = all(predictor.imgsz is None for predictor in predictors)  # a margin that one of them lacks moves AP
     found, truths = [], []
     for predictor, label, size in zip(predictors, labels_of(cfg), sizes, strict=True):
-        plan = EvalPlan(size, cfg.batch_size, cfg.workers, True, cfg.slice, cfg.overlap)
+        plan = EvalPlan(size, cfg.batch_size, cfg.workers, rect, cfg.slice, cfg.overlap)
         model = combine([predictor], augment=cfg.augment)
         result = evaluate(model, index, list(spec.names), plan, settings.for_file(predictor), dist, title=label)
         assert result.truth is not None

@@ -221,3 +221,25 @@ def test_network_pixels_need_one_size(tmp_path: Path, monkeypatch: pytest.Monkey
         compare.run(**options, area_pixels="network")
     assert not list(tmp_path.glob("exp*"))
     assert compare.run(**options, pictures=0).metrics[1]["AP50"] == 1.0
+
+
+def test_both_models_are_given_the_same_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A file of a fixed size gets no margin around the image, so the other model does not either."""
+    shapes: dict[str, set[tuple[int, ...]]] = {"free": set(), "fixed": set(), "other": set()}
+
+    class Seen(SquareFinder):
+        def __init__(self, name: str) -> None:
+            super().__init__((160, 160), fixed=name == "fixed")
+            self.name = name
+
+        def __call__(self, images):
+            shapes[self.name].add(tuple(images.shape[2:]))
+            return super().__call__(images)
+
+    data = dataset(tmp_path / "squares", images=2)
+    monkeypatch.setattr(compare, "load_predictor", lambda path, **_: Seen(path))
+    options = {"data": data, "project": tmp_path, "workers": 0, "replicates": 0, "pictures": 0, "batch_size": 1}
+    compare.run(weights=["free", "fixed"], **options)
+    assert shapes["free"] == shapes["fixed"] == {(160, 160)}
+    compare.run(weights=["free", "other"], **options)
+    assert shapes["other"] and shapes["other"] != {(160, 160)}, "both take any size: the shapes of val.py"
