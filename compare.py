@@ -106,6 +106,7 @@ class Sides:
     stem: Callable[[int], str]
     max_det: int | None = None  # most detections per image; None where they come from files
     sizes: tuple[tuple[int, int], ...] = ()  # network height and width of A and B; empty where they come from files
+    rect: bool | None = None  # whether both are given the padded shapes of `val.py`; None where they come from files
     nms: tuple[dict[str, Any] | None, ...] = ()  # that inside the model files, if any
 
 
@@ -183,6 +184,7 @@ def from_models(
         lambda i: safe_name(index.file(i).stem),
         settings.max_det,
         tuple(sizes),
+        rect,
         tuple(predictor.metadata.nms if predictor.end2end else None for predictor in predictors),
     )
 
@@ -248,6 +250,7 @@ def compare(cfg: CompareConfig) -> CompareReport:
             **config_dict(cfg),
             "max_det": sides.max_det,
             "imgsz": sides.sizes,
+            "rect": sides.rect,
             "nms_inside": sides.nms,
             **settings.as_dict(),
         },

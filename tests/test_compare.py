@@ -239,7 +239,11 @@ def test_both_models_are_given_the_same_shapes(tmp_path: Path, monkeypatch: pyte
     data = dataset(tmp_path / "squares", images=2)
     monkeypatch.setattr(compare, "load_predictor", lambda path, **_: Seen(path))
     options = {"data": data, "project": tmp_path, "workers": 0, "replicates": 0, "pictures": 0, "batch_size": 1}
-    compare.run(weights=["free", "fixed"], **options)
-    assert shapes["free"] == shapes["fixed"] == {(160, 160)}
-    compare.run(weights=["free", "other"], **options)
+
+    def rect(*models: str) -> bool:
+        report = compare.run(weights=list(models), **options)
+        return json.loads((report.save_dir / "compare.json").read_text())["settings"]["rect"]
+
+    assert rect("free", "fixed") is False and shapes["free"] == shapes["fixed"] == {(160, 160)}
+    assert rect("free", "other") is True
     assert shapes["other"] and shapes["other"] != {(160, 160)}, "both take any size: the shapes of val.py"

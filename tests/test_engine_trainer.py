@@ -77,6 +77,14 @@ def test_a_bad_step_is_skipped_told_and_leaves_no_trace(tmp_path, capsys):
     assert "images 8.jpg, 9.jpg, 10.jpg, 11.jpg" in out
 
 
+@pytest.mark.parametrize("has_it", [True, False])
+def test_bf16_on_a_cpu_that_emulates_it_is_told(tmp_path, monkeypatch, capsys, has_it):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_it)
+    trainer(tmp_path, ToyTask(), config(amp="bf16"))
+    told = "--amp bf16: this processor has no 16-bit arithmetic" in "".join(capsys.readouterr())
+    assert told is not has_it
+
+
 def test_a_bad_first_step_is_harmless(tmp_path):
     made = finished(tmp_path, ToyTask(poison={(0, 0)}))
     assert all(torch.isfinite(v).all() for v in weights(made).values())

@@ -337,11 +337,8 @@ def test_plain_values_equal_those_of_pickle(protocol: int) -> None:
         shared = [1, 2]
         value = {"a": random_value(random.Random(seed)), "b": shared, "c": (shared, {1, 2}), "d": 300, "e": 70000}
         data = pickle.dumps(value, protocol)
-        try:
-            found = Machine(data).run()
-        except Exception as error:  # bytes of protocol 2 are a call of _codecs.encode, which is not carried out
-            raise AssertionError(f"seed {seed}: {error}") from error
-        if protocol > 2:
+        found = Machine(data).run()
+        if protocol > 2:  # bytes of protocol 2 are a call of _codecs.encode, which is not carried out
             assert found == value and found["b"] is found["c"][0]
 
 

@@ -125,11 +125,16 @@ tune.HERE = Path({str(fake)!r})
     return subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
 
 
+def call_without_end(fake: Path, epochs: int) -> str:
+    """The command line of a search that takes far longer than a test."""
+    flags = ["--cfg", "x.yaml", "--epochs", str(epochs), "--trials", "99", "--no-prune"]
+    flags += ["--space", str(fake / "space.yaml"), "--project", str(fake / "tune")]
+    return f"run_cli(lambda: tune.main({flags!r}))"
+
+
 def test_what_was_found_is_kept_when_the_search_is_ended(fake: Path) -> None:
     """SIGTERM: one line, exit code 130, results of the finished trials, and no training left behind."""
-    flags = ["--cfg", "x.yaml", "--epochs", "40", "--trials", "99", "--no-prune"]
-    flags += ["--space", str(fake / "space.yaml"), "--project", str(fake / "tune")]
-    search = child(fake, f"run_cli(lambda: tune.main({flags!r}))")
+    search = child(fake, call_without_end(fake, epochs=40))
     found = fake / "tune/exp/best_hyp.yaml"
     deadline = time.monotonic() + 120
     while not found.is_file() and search.poll() is None and time.monotonic() < deadline:
@@ -148,8 +153,6 @@ def test_what_was_found_is_kept_when_the_search_is_ended(fake: Path) -> None:
 
 def test_a_signal_between_two_trials_ends_the_search(fake: Path) -> None:
     """The moment at which an exception would leave Optuna's heartbeat thread running, and with it the process."""
-    flags = ["--cfg", "x.yaml", "--epochs", "2", "--trials", "99", "--no-prune"]
-    flags += ["--space", str(fake / "space.yaml"), "--project", str(fake / "tune")]
     search = child(
         fake,
         f"""
@@ -162,7 +165,7 @@ def started(self):
     if len(begun) == 2:
         os.kill(os.getpid(), signal.SIGTERM)
 thread.start = started
-run_cli(lambda: tune.main({flags!r}))
+{call_without_end(fake, epochs=2)}
 """,
     )
     try:

@@ -56,9 +56,9 @@ class PyTorchPredictor(Predictor):
         self.network = network.float().to(device).requires_grad_(False)
         if fuse and on_cpu:
             use_winograd(self.network)
-        if half and on_cpu:
-            warn_of_emulated_bfloat16("--half")
         if half:
+            if on_cpu:
+                warn_of_emulated_bfloat16("--half")
             shrink(self.network, self.dtype)
         self.network.to(memory_format=torch.channels_last)
 

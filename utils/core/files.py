@@ -38,18 +38,12 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        _discard(temporary)
         raise UserError(
             f"cannot write '{path}' ({error.strerror or error}); what was there before is untouched"
         ) from error
-    except BaseException:
-        _discard(temporary)
-        raise
-
-
-def _discard(temporary: Path) -> None:
-    with contextlib.suppress(OSError):  # the error that led here is the one to tell
-        temporary.unlink(missing_ok=True)
+    finally:
+        with contextlib.suppress(OSError):  # renamed by now, or the error that led here is the one to tell
+            temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -28,8 +28,7 @@ class StopRequest:
         self._before = {}
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        if self.number:
-            raise KeyboardInterrupt
+        self.check()
         self.number = number
 
     def check(self) -> None:
